@@ -1,0 +1,187 @@
+"""Checkpoints: what is in one, which are kept, and how a run continues from the newest.
+
+`checkpoint_dir/step_N/` is a Hugging Face folder (load it anywhere) with three additions: `training_state/` (float32
+master weights and optimizer state, sharded, readable by any number of ranks), `run.json` (where the run was, and its
+configuration) and `metrics.json` (of that step). It is written as `tmp_step_N` while the next step runs, and renamed
+when every rank has finished: a folder called step_N is complete, anything called tmp_ is not and is removed.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from config import Checkpointing, Config, ConfigError
+from launch import RunError
+from policy import Policy
+
+# What may differ when a run continues: paths, limits, logging, and where and in what portions the work is done. The
+# last may change rounding, not the algorithm. Everything else must stay, or the run would be two halves of different
+# experiments.
+MAY_CHANGE = (
+    "checkpointing.", "cluster.", "data.train_jsonl_fpath", "data.validation_jsonl_fpath", "env.judge_url",
+    "env.reward_", "grpo.gate_patience", "grpo.max_", "grpo.num_val_", "grpo.val_", "logger.",
+    "policy.dtensor_cfg.", "policy.generation.colocated.", "policy.generation.vllm_cfg.", "policy.sequence_packing.",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is after a step. With weights and optimizer state it fixes all that follows: the order of rows and
+    the sampling seeds are functions of it and of `grpo.seed`."""
+
+    step: int = 0
+    batches_drawn: int = 0  # of prompts: one a step, more with dynamic sampling
+    exceeded: dict[str, int] = dataclasses.field(default_factory=dict)  # steps in a row that a limit was exceeded
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the step
+
+
+class Checkpoints:
+    """The folder of one run. Opening it removes what is half-written and finds what to continue from."""
+
+    def __init__(self, cfg: Config):
+        """Raises ConfigError if another run uses the folder, or data or configuration do not fit what it holds."""
+        self.cfg, self.dir = cfg, Path(cfg.checkpointing.checkpoint_dir)
+        self.position, self.wandb_id, self.newest = Position(), None, None
+        self.saved_step = 0
+        self.seconds = 0.0  # the longest that a save took, from its start until it was complete
+        if not cfg.checkpointing.enabled:
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        for unfinished in self.dir.glob("tmp_step_*"):
+            shutil.rmtree(unfinished)
+        self.data_sha256 = file_hash(cfg.data.train_jsonl_fpath)
+        complete = steps_in(self.dir)
+        if complete:
+            self.newest = complete[max(complete)]
+            saved = read_run(self.newest)
+            check_compatible(cfg, saved, self.newest, self.data_sha256)
+            self.position, self.wandb_id = Position(**saved["position"]), saved["wandb_id"]
+            self.saved_step = self.position.step
+
+    def _lock(self) -> None:
+        self._lock_file = (self.dir / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
+        except BlockingIOError:
+            raise ConfigError(
+                f"another run is writing to checkpointing.checkpoint_dir='{self.dir}'; wait for it or choose another"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def restore(self, policy: Policy) -> None:
+        """Load weights, optimizer and random state of the checkpoint to continue from, if there is one."""
+        if self.newest:
+            policy.load((self.newest / "training_state").resolve())
+            print(f"continuing after step {self.position.step} from '{self.newest}'", flush=True)
+
+    def save(self, policy: Policy, position: Position, wandb_id: str | None) -> None:
+        """Copy the state to host memory and start writing step_N; returns while it is being written."""
+        self.wait(policy)
+        unfinished = (self.dir / f"tmp_step_{position.step}").resolve()
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        (unfinished / "metrics.json").write_text(json.dumps(position.metrics))
+        run = {
+            "position": dataclasses.asdict(position), "wandb_id": wandb_id, "train_sha256": self.data_sha256,
+            "world_size": self.cfg.world_size, "config": dataclasses.asdict(self.cfg),
+        }  # fmt: skip
+        (unfinished / "run.json").write_text(json.dumps(run, indent=1))
+        policy.save(unfinished, partial(publish, unfinished, self.cfg.checkpointing))
+        self.saved_step = position.step
+
+    def save_unsaved(self, policy: Policy, position: Position, wandb_id: str | None) -> None:
+        """Save `position` if it is not yet, and wait until everything is written."""
+        if self.cfg.checkpointing.enabled and position.step > self.saved_step:
+            self.save(policy, position, wandb_id)
+        self.wait(policy)
+
+    def wait(self, policy: Policy) -> None:
+        """Wait until the save in progress, if any, is complete. Raises RunError if it failed."""
+        for error, seconds in policy.wait_saved():
+            self.seconds = max(self.seconds, seconds)
+            if error:
+                raise RunError(
+                    f"step_{self.saved_step} could not be written to '{self.dir}': {error}; earlier ones are intact"
+                )
+
+
+def publish(unfinished: Path, cfg: Checkpointing) -> None:
+    """Make a folder that all ranks have written visible as step_N, then drop what is no longer kept."""
+    for path in [*unfinished.rglob("*"), unfinished]:
+        handle = os.open(path, os.O_RDONLY)  # on disk before it has its name: the power may go too
+        os.fsync(handle)
+        os.close(handle)
+    folder = unfinished.with_name(unfinished.name.removeprefix("tmp_"))
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    complete = steps_in(folder.parent)
+    scores = {n: json.loads((path / "metrics.json").read_text()).get(cfg.metric_name) for n, path in complete.items()}
+    for step in complete.keys() - kept_steps(scores, cfg.keep_top_k, cfg.higher_is_better):
+        shutil.rmtree(complete[step])
+
+
+def kept_steps(scores: dict[int, float | None], keep_top_k: int | None, higher_is_better: bool) -> set[int]:
+    """The best `keep_top_k` steps (None: all) and the latest. Ties: the newer; without a score (None, NaN): last."""
+
+    def rank(step: int) -> tuple[bool, float, int]:
+        score = scores[step]
+        missing = score is None or math.isnan(score)
+        return missing, 0.0 if missing else -score if higher_is_better else score, -step
+
+    return set(sorted(scores, key=rank)[:keep_top_k]) | {max(scores, default=0)} & scores.keys()
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints in a folder, by step."""
+    return {int(p.name[5:]): p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a checkpoint. Raises ConfigError if the folder has none."""
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"'{folder}' cannot be resumed, it has no readable run.json; choose another checkpointing.checkpoint_dir "
+            "or remove it"
+        ) from None
+
+
+def file_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    found = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def check_compatible(cfg: Config, saved: dict[str, Any], folder: Path, train_sha256: str) -> None:
+    """Raise ConfigError for the first thing that makes this another experiment than the one in `folder`."""
+    advice = f"to continue '{folder}' set it back; to start anew choose another checkpointing.checkpoint_dir"
+    before, now = flat(saved["config"]), flat(dataclasses.asdict(cfg))
+    for name in sorted(now.keys() & before.keys()):
+        if now[name] != before[name] and not name.startswith(MAY_CHANGE):
+            raise ConfigError(f"{name} was {before[name]} and is {now[name]}: {advice}")
+    if saved["train_sha256"] != train_sha256:
+        raise ConfigError(
+            f"data.train_jsonl_fpath='{cfg.data.train_jsonl_fpath}' has other contents than when '{folder}' was saved "
+            f"(sha256 was {saved['train_sha256'][:12]} and is {train_sha256[:12]}): {advice}"
+        )
+    if saved["world_size"] != cfg.world_size:
+        print(f" • {saved['world_size']} ranks became {cfg.world_size}: weights and optimizer state are redistributed, "
+              "answers will differ from those of an uninterrupted run")  # fmt: skip

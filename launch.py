@@ -1,0 +1,126 @@
+"""What a run needs around it: Ray and its placement, checks before anything starts, and errors in one line."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from config import Config, ConfigError, seconds
+
+
+class RunError(RuntimeError):
+    """Something outside the code stopped the run. The message is one line for the user."""
+
+
+STOPPED = 85  # exit code of a run that was asked to stop, see train_grpo.py
+
+
+class Stopped(Exception):
+    """The run was asked to stop before its last step. The message says by what."""
+
+
+class StopRequests:
+    """SIGTERM, SIGUSR1 (Slurm's warning) and `checkpointing.checkpoint_must_save_by`, answered by raising `Stopped`.
+
+    That happens between steps, or at once within `interruptible` (and until the first step): there a step has changed
+    nothing yet and can be abandoned. A second SIGTERM ends the process at once.
+    """
+
+    def __init__(self, must_save_by: str | None):
+        now = time.monotonic()
+        self.deadline = now + seconds(must_save_by) if must_save_by else float("inf")
+        self.reason, self.may_interrupt = "", True
+        self.step_began, self.longest_step = None, 0.0
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: Any) -> None:
+        name = signal.Signals(number).name
+        if name == self.reason == "SIGTERM":
+            sys.exit(128 + number)
+        self.reason = name
+        self._raise_if(self.may_interrupt)
+
+    def _raise_if(self, allowed: bool) -> None:
+        if self.reason and allowed:
+            self.may_interrupt = False
+            raise Stopped(self.reason)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """What runs within may be abandoned at any point."""
+        self.may_interrupt = True
+        try:
+            self._raise_if(True)
+            yield
+        finally:
+            self.may_interrupt = False
+
+    def before_step(self, save_s: float) -> None:
+        """Raise Stopped if a signal came, or if a step as long as the longest and a save would miss the deadline."""
+        self.may_interrupt, now = False, time.monotonic()
+        if self.step_began is not None:
+            self.longest_step = max(self.longest_step, now - self.step_began)
+        self.step_began = now
+        if now + self.longest_step + save_s > self.deadline:
+            self.reason = "checkpointing.checkpoint_must_save_by"
+        self._raise_if(True)
+
+
+def check_before_start(cfg: Config) -> None:
+    """Problems that need a look at the disk or the environment, before anything starts."""
+    for name in ("train_jsonl_fpath", "validation_jsonl_fpath"):
+        path = getattr(cfg.data, name)
+        if path and not Path(path).is_file():
+            raise ConfigError(f"data.{name}='{path}' does not exist; make it with prepare_data.py")
+    if cfg.logger.wandb_enabled and "WANDB_MODE" not in os.environ and "WANDB_API_KEY" not in os.environ:
+        if not (Path.home() / ".netrc").exists():
+            raise ConfigError(
+                "logger.wandb_enabled=true but WANDB_API_KEY is not set; export it, or WANDB_MODE=offline, or pass "
+                "logger.wandb_enabled=false"
+            )
+    if cfg.device == "cuda" and not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ:
+        raise ConfigError("cluster.gpus_per_node is above 0 but this machine has no GPU; pass cluster.gpus_per_node=0")
+
+
+def start_ray(cfg: Config, stop: StopRequests) -> Any:
+    """Join the cluster at RAY_ADDRESS or start Ray here; reserve one bundle per rank. Returns the placement group."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    here = str(Path(__file__).resolve().parent)
+    env = {"env_vars": {"PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(address="auto", runtime_env=env, log_to_driver=False)
+    else:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, cfg.world_size), include_dashboard=False, log_to_driver=False,
+            runtime_env=env, logging_level="error",
+        )  # fmt: skip
+    stop.listen()  # again: ray.init put in a handler that would print a native stack trace and skip our clean-up
+    bundle = {"CPU": 1, "GPU": 1} if cfg.device == "cuda" else {"CPU": 1}
+    placement = ray.util.placement_group([bundle] * cfg.world_size, strategy="PACK")
+    if not placement.wait(timeout_seconds=min(60.0, cfg.cluster.timeout_s)):
+        have = {k: v for k, v in ray.cluster_resources().items() if k in bundle}
+        raise RunError(
+            f"cluster.num_nodes={cfg.cluster.num_nodes} x gpus_per_node={cfg.cluster.gpus_per_node} asks for "
+            f"{cfg.world_size} x {bundle}, Ray offers {have}; correct these keys or add machines"
+        )
+    return placement
+
+
+def explain(error: BaseException) -> str:
+    """One line for errors whose own text does not say what to do."""
+    if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
+        reason = " ".join(str(error).split())[:300]
+        return f"a policy or rollout actor died, the run cannot go on (checkpoints are intact): {reason}"
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        return "a policy or rollout actor did not answer within cluster.timeout_s; raise it, or look at Ray's logs"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"

@@ -1,0 +1,177 @@
+"""What a run says: a block per step on the console, `metrics.jsonl`, `rollouts.jsonl`, W&B and TensorBoard."""
+
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from config import Config
+
+
+class Logger:
+    """Collects a step's metrics and phase timings and writes them everywhere at once."""
+
+    def __init__(self, cfg: Config, resumed_step: int = 0, wandb_id: str | None = None):
+        """`resumed_step`: the run continues after it; rows of later steps, which will be run again, are dropped."""
+        self.cfg, self.dir = cfg.logger, Path(cfg.logger.log_dir)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.num_gpus = max(1, cfg.world_size)
+        self.metrics_file, self.rollouts_file = (
+            open_rows(self.dir / name, resumed_step) for name in ("metrics.jsonl", "rollouts.jsonl")
+        )
+        self.seconds: dict[str, float] = {}
+        self.in_phase = False
+        self.step, self.last_step = 0, 0
+        self.run_began = self.step_began = time.perf_counter()
+        self.first_step: int | None = None
+        self.wandb = self.tensorboard = None
+        if cfg.logger.wandb_enabled:
+            import wandb
+
+            w = cfg.logger.wandb
+            self.wandb = wandb.init(
+                project=w.project, name=w.name, dir=str(self.dir), config=dataclasses.asdict(cfg), id=wandb_id,
+                resume="allow",
+            )  # fmt: skip
+        if cfg.logger.tensorboard_enabled:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self.wandb.id if self.wandb else None
+
+    def start_step(self, step: int, last_step: int) -> None:
+        """Begin a step: its banner, and the clock."""
+        if self.first_step is None:
+            self.first_step, self.run_began = step, time.perf_counter()
+            self._start_clock()
+        self.step, self.last_step = step, last_step
+        print(f"\n━━━ Step {step}/{last_step} " + "━" * 40, flush=True)
+
+    def _start_clock(self) -> None:
+        self.step_began, self.seconds = time.perf_counter(), {}
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[tqdm]:
+        """Time a phase of the step; with `total` a progress bar on a terminal. Phases may repeat, times add up.
+
+        A phase inside another (generation within validation) counts for the outer one alone.
+        """
+        began, outer, self.in_phase = time.perf_counter(), self.in_phase, True
+        with tqdm(total=total, desc=f" ▶ {name}", leave=False, disable=not (total and sys.stderr.isatty())) as progress:
+            yield progress
+        self.in_phase = outer
+        if not outer:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def end_step(self, metrics: dict[str, float], samples: list[Any]) -> None:
+        """Print the step's block, write its metrics and some of its samples, and start the next step's clock.
+
+        Checkpoints come after this, so that one never holds a step whose rows are missing here; the time they stop the
+        run is the next step's.
+        """
+        now = time.perf_counter()
+        total = now - self.step_began
+        elapsed = now - self.run_began
+        left = elapsed / (self.step - self.first_step + 1) * (self.last_step - self.step)
+        metrics = metrics | {f"time/{name}_s": s for name, s in self.seconds.items()}
+        metrics |= {"time/step_s": total, "time/elapsed_s": elapsed}
+        metrics["tokens_per_s"] = metrics["total_tokens"] / total
+        metrics["tokens_per_s_per_gpu"] = metrics["tokens_per_s"] / self.num_gpus
+        self._print_step(metrics, total, left)
+        self._write(self.step, metrics)
+        self._write_samples(samples, self.cfg.num_rollouts_to_save, "train")
+        self._start_clock()
+
+    def _print_step(self, m: dict[str, float], total: float, left: float) -> None:
+        shares = sorted(self.seconds.items(), key=lambda item: -item[1])
+        times = " · ".join(f"{name} {s:.2f} s ({s / total:.0%})" for name, s in shares)
+        update = " • no group had different rewards: nothing to learn, the weights stay as they were"
+        if "grad_norm" in m:
+            update = (
+                f" • gen_kl_error {m['gen_kl_error']:.1e}   token_mult_prob_error {m['token_mult_prob_error']:.4f}   "
+                f"entropy {m['approx_entropy']:.3f}   grad_norm {m['grad_norm']:.3f}   lr {m['lr']:.1e}"
+            )
+        lines = [
+            f" • reward {m['reward']:.3f}   zero-signal groups {m['frac_zero_signal_groups']:.0%}   "
+            f"unverified {m['num_unverified']:.0f}",
+            f" • answers {m['mean_gen_tokens']:.1f} tokens, {m['truncation_rate']:.1%} cut off",
+            update,
+            f" • {total:.2f} s: {times}",
+            f" • {m['tokens_per_s']:,.0f} tokens/s, {m['tokens_per_s_per_gpu']:,.0f} a rank, {left / 60:.1f} min left",
+        ]
+        print("\n".join(lines), flush=True)
+
+    def validation(self, step: int, metrics: dict[str, float], samples: list[Any]) -> None:
+        """Report a validation; its metrics are written with the step's (or alone before the first step)."""
+        print(
+            f" • validation: accuracy {metrics['val:accuracy']:.3f} on {len(samples)} answers, "
+            f"{metrics['val:avg_length']:.1f} tokens",
+            flush=True,
+        )
+        for sample in samples[: self.cfg.num_val_samples_to_print]:
+            print(f"   [{sample.reward:.0f}] {sample.text!r}")
+        self._write_samples(samples, self.cfg.num_rollouts_to_save, "validation")
+        if step == 0:
+            self._write(0, metrics)
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.metrics_file.flush()
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        if self.tensorboard:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name.replace(":", "/"), value, step)
+
+    def save_failed_step(self, samples: list[Any]) -> Path:
+        """All answers of a step that went wrong, for inspection; returns the file."""
+        path = self.dir / f"failed_step_{self.step}.jsonl"
+        with path.open("w") as file:
+            file.writelines(json.dumps(self._row(s, "train")) + "\n" for s in samples)
+        return path
+
+    def _row(self, s: Any, split: str) -> dict[str, Any]:
+        return {
+            "step": self.step, "split": split, "prompt": s.prompt, "prompt_ids": s.prompt_ids.tolist(),
+            "response_ids": s.response_ids.tolist(), "rollout_logprobs": s.rollout_logprobs.tolist(),
+            "text": s.text, "reward": s.reward, "status": s.status, "truncated": s.truncated,
+        }  # fmt: skip
+
+    def _write_samples(self, samples: list[Any], count: int, split: str) -> None:
+        for s in samples if count < 0 else samples[:count]:
+            self.rollouts_file.write(json.dumps(self._row(s, split)) + "\n")
+        self.rollouts_file.flush()
+
+    def close(self) -> None:
+        for file in (self.metrics_file, self.rollouts_file):
+            file.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+def open_rows(path: Path, last_step: int) -> IO[str]:
+    """Open a file of rows with a "step" for appending, without those after `last_step` and without a torn last line.
+
+    With 0 a new run begins: what an earlier one left is moved to NAME.1, NAME.2, ...
+    """
+    if path.exists() and not last_step:
+        free = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
+        path.rename(path.with_name(f"{path.name}.{free}"))
+    if path.exists():
+        kept = path.with_name(f"{path.name}.tmp")
+        with path.open() as old, kept.open("w") as new:
+            new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= last_step)
+        kept.rename(path)
+    return path.open("a")

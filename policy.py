@@ -1,0 +1,637 @@
+"""The trainable model: one Ray actor per rank, FSDP2 (and tensor parallel) sharding, packing, update, weights out.
+
+It knows nothing about GRPO: `train_grpo.py` passes the loss function in. Axis suffixes of names: _S sequence,
+_N packed token of a micro-batch (prompts and responses), _T response token (the ones that are trained on).
+"""
+
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+from config import Config, PolicyCfg
+
+HEAD_CHUNK = 4096  # response tokens per slice of the LM head: bounds the [T, vocabulary] float32 logits
+REFIT_BUCKET_BYTES = 2**30
+
+
+# ---------------------------------------------------------------- packing
+
+
+@dataclass
+class Sequences:
+    """A batch as it travels from the driver: one entry per sequence, no padding.
+
+    `per_token` holds arrays with one value per response token (for instance the engine's log-probabilities),
+    `per_sequence` one value per sequence; both reach the loss function by name, the latter repeated per token.
+    """
+
+    prompt_ids: list[np.ndarray]
+    response_ids: list[np.ndarray]
+    per_token: dict[str, list[np.ndarray]]
+    per_sequence: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def take(self, indices: list[int]) -> "Sequences":
+        return Sequences(
+            [self.prompt_ids[i] for i in indices],
+            [self.response_ids[i] for i in indices],
+            {name: [values[i] for i in indices] for name, values in self.per_token.items()},
+            {name: values[indices] for name, values in self.per_sequence.items()},
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(p) + len(r) for p, r in zip(self.prompt_ids, self.response_ids, strict=True)]
+
+
+def pack(lengths: list[int], budget: int, ranks: int) -> list[list[list[int]]]:
+    """Sequence indices as [rank][micro-batch][...]: at most `budget` tokens each, as many on each rank, balanced.
+
+    Longest first into the emptiest micro-batch; when one overflows, every rank gets one more. A sequence longer than
+    the budget has a micro-batch to itself. With fewer sequences than micro-batches some are empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    per_rank = max(1, math.ceil(sum(min(n, budget) for n in lengths) / (budget * ranks)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(per_rank * ranks)]
+        load = np.zeros(len(bins), dtype=np.int64)
+        for i in order:
+            emptiest = int(load.argmin())
+            bins[emptiest].append(i)
+            load[emptiest] += lengths[i]
+        if all(n <= budget or len(b) == 1 for n, b in zip(load, bins, strict=True)):
+            break
+        per_rank += 1
+    by_load = sorted(range(len(bins)), key=lambda b: -load[b])  # neighbours in load run at the same time
+    return [[bins[b] for b in by_load[rank::ranks]] for rank in range(ranks)]
+
+
+@dataclass
+class MicroBatch:
+    """One packed micro-batch on the device. `predict_T` points at the position whose output predicts each token."""
+
+    input_ids_N: torch.Tensor
+    position_ids_N: torch.Tensor
+    cu_seqlens: torch.Tensor  # int32 [sequences + 1]: where each sequence starts
+    max_seqlen: int
+    predict_T: torch.Tensor
+    target_T: torch.Tensor
+    sequence_T: torch.Tensor
+    extras_T: dict[str, torch.Tensor]
+
+    @classmethod
+    def build(cls, batch: Sequences, device: torch.device) -> "MicroBatch":
+        """Pack `batch`; an empty one becomes a single masked token, so that every rank runs the same collectives."""
+        if not len(batch):
+            zero = np.zeros(1, dtype=np.int64)
+            batch = Sequences(
+                [zero],
+                [zero],
+                {k: [np.zeros(1)] for k in batch.per_token},
+                {k: np.zeros(1) for k in batch.per_sequence},
+            )
+        lengths = np.array(batch.lengths)
+        prompts = np.array([len(p) for p in batch.prompt_ids])
+        responses = lengths - prompts
+        starts = np.concatenate([[0], lengths.cumsum()])
+        ids = np.concatenate([x for pair in zip(batch.prompt_ids, batch.response_ids, strict=True) for x in pair])
+        positions = np.arange(len(ids)) - np.repeat(starts[:-1], lengths)
+        sequence = np.repeat(np.arange(len(batch)), responses)
+        within = np.arange(responses.sum()) - np.repeat(np.concatenate([[0], responses.cumsum()[:-1]]), responses)
+        target_at = (starts[:-1] + prompts)[sequence] + within
+        extras = {name: np.concatenate(values) for name, values in batch.per_token.items()}
+        extras |= {name: values[sequence] for name, values in batch.per_sequence.items()}
+
+        def to(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+            return torch.as_tensor(x, dtype=dtype).to(device, non_blocking=True)
+
+        return cls(
+            input_ids_N=to(ids, torch.int64),
+            position_ids_N=to(positions, torch.int64),
+            cu_seqlens=to(starts, torch.int32),
+            max_seqlen=int(lengths.max()),
+            predict_T=to(target_at - 1, torch.int64),
+            target_T=to(ids[target_at], torch.int64),
+            sequence_T=to(sequence, torch.int64),
+            extras_T={name: to(values, torch.float32) for name, values in extras.items()},
+        )
+
+
+# ---------------------------------------------------------------- model
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention that does not cross sequences. query [1, heads, N, head_dim] to output [1, N, heads, head_dim].
+
+    bfloat16 on a GPU runs torch's variable-length flash attention. Otherwise sequences are padded on the right into a
+    [S, heads, max_seqlen, head_dim] batch, where a causal mask never lets a real token see padding: the same values.
+    """
+    if sliding_window is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} has sliding-window attention, which packing does not do yet"
+        )
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
+    if query.is_cuda and query.dtype == torch.bfloat16:
+        from torch.nn.attention.varlen import varlen_attn
+
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        out = varlen_attn(
+            query.contiguous(), key, value.contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+            scale=scaling, window_size=(-1, 0),
+        )  # fmt: skip
+        return out[None], None
+    lengths = cu_seqlens.diff()
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
+    column = torch.arange(len(query), device=query.device) - cu_seqlens[row]
+
+    def pad(x: torch.Tensor) -> torch.Tensor:
+        padded = x.new_zeros(len(lengths), max_seqlen, *x.shape[1:])
+        return padded.index_put((row, column), x).transpose(1, 2)  # [S, heads, max_seqlen, head_dim]
+
+    out = F.scaled_dot_product_attention(
+        pad(query), pad(key), pad(value), is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2)[row, column][None], None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+class Float32Logits(torch.autograd.Function):
+    """hidden [T, D] @ weight [V, D]^T with float32 sums and float32 result, whatever the inputs' type.
+
+    Rounding logits to bfloat16 (steps of 1/16 at a logit of 10) costs more than all other rounding together. The
+    gradients go back in the inputs' type, as for an ordinary linear layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight)
+        if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return hidden.float() @ weight.float().t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, weight = ctx.saved_tensors
+        grad = grad.to(hidden.dtype)
+        return grad @ weight, grad.t() @ hidden
+
+
+class LogprobModel(nn.Module):
+    """A Hugging Face causal LM whose forward returns log-probabilities of chosen tokens, never the whole logits.
+
+    One module, so that FSDP gathers embedding, final norm and LM head (tied or not) around the whole forward pass.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, mb: MicroBatch, temperature: float) -> torch.Tensor:
+        """Log-probabilities [T] of `mb.target_T` in float32, after temperature."""
+        hidden = self.lm.base_model(
+            input_ids=mb.input_ids_N[None],
+            position_ids=mb.position_ids_N[None],
+            use_cache=False,
+            cu_seqlens=mb.cu_seqlens,
+            max_seqlen=mb.max_seqlen,
+        ).last_hidden_state[0]  # [N, hidden]
+        hidden = hidden[mb.predict_T]  # [T, hidden]: the LM head runs on response tokens only
+        parts = zip(hidden.split(HEAD_CHUNK), mb.target_T.split(HEAD_CHUNK), strict=True)
+        return torch.cat([checkpoint(self._head, h, t, temperature, use_reentrant=False) for h, t in parts])
+
+    def _head(self, hidden: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
+        logits = Float32Logits.apply(hidden, self.lm.lm_head.weight) / temperature  # [chunk, vocabulary]
+        return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel:
+    """Load `cfg.model_name` in float32 and shard it: tensor parallel over mesh["tp"], FSDP2 over mesh["dp"]."""
+    lm = AutoModelForCausalLM.from_pretrained(cfg.model_name, dtype=torch.float32, attn_implementation="packed")
+    scaled = [k for k in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(lm.config, k, None)]
+    if scaled or lm.lm_head.bias is not None:
+        raise NotImplementedError(
+            f"{cfg.model_name}: logits with {scaled or 'a bias'} are not what LogprobModel computes"
+        )
+    d = cfg.dtensor_cfg
+    lm.to(device if not d.cpu_offload else "cpu").train()
+    if mesh["tp"].size() > 1:
+        parallelize(lm, mesh["tp"])
+    if d.activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    compute = getattr(torch, cfg.precision)
+    shard = {
+        "mesh": mesh["dp"],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if d.cpu_offload else OffloadPolicy(),
+        "reshard_after_forward": d.reshard_after_forward,
+    }
+    model = LogprobModel(lm)
+    for layer in lm.base_model.layers:
+        if d.compile_layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        fully_shard(layer, **shard)
+    fully_shard(model, **shard)
+    return model
+
+
+def parallelize(lm: nn.Module, mesh: Any) -> None:
+    """Tensor parallel by the plan in the Hugging Face configuration. Raises ValueError if heads do not divide."""
+    heads = lm.config.num_key_value_heads
+    if heads % mesh.size():
+        raise ValueError(
+            f"policy.dtensor_cfg.tensor_parallel_size={mesh.size()} does not divide {heads} key-value heads"
+        )
+    styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    plan = lm.config.base_model_tp_plan
+    parallelize_module(lm.base_model, mesh, {name: styles[s]() for name, s in plan.items() if s in styles})
+
+
+def add_partial_gradients(lm: nn.Module, mesh: Any) -> None:
+    """Add up over tensor-parallel ranks the gradients of norms inside the attention, which saw their own heads only."""
+    plan = lm.config.base_model_tp_plan if mesh.size() > 1 else {}
+    for pattern, style in plan.items():
+        if style == "replicated_with_grad_allreduce":
+            for layer in lm.base_model.layers:
+                grad = layer.get_submodule(pattern.split("*.")[1]).weight.grad
+                dist.all_reduce(grad.to_local(), group=mesh.get_group())
+
+
+# ---------------------------------------------------------------- one rank
+
+
+class PolicyWorker:
+    """One rank of the policy; a Ray actor in training, usable directly in tests."""
+
+    def __init__(
+        self, cfg: PolicyCfg, rank: int, world_size: int, device: str, timeout_s: float, keep_reference: bool = False
+    ):
+        """`keep_reference`: hold a copy of the starting weights in host memory for `logprobs(reference=True)`."""
+        self.cfg, self.rank, self.world_size, self.timeout_s = cfg, rank, world_size, timeout_s
+        self.keep_reference = keep_reference
+        self.device = torch.device(device)
+        self.steps_done = 0
+        self._export = self._ipc_buffer = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+
+    def address(self) -> str:
+        """host:port for the process group; asked of rank 0 only."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
+
+    def setup(self, address: str) -> int:
+        """Join the process group and load the model. Returns the number of parameters."""
+        tp, timeout = self.cfg.dtensor_cfg.tensor_parallel_size, timedelta(seconds=self.timeout_s)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, init_method=f"tcp://{address}", rank=self.rank, world_size=self.world_size,
+            timeout=timeout,
+        )  # fmt: skip
+        self.writers = dist.new_group(backend="gloo", timeout=timeout)  # of the threads that write checkpoints
+        torch.manual_seed(self.rank)  # for models with dropout; nothing else here draws
+        self.mesh = init_device_mesh(self.device.type, (self.world_size // tp, tp), mesh_dim_names=("dp", "tp"))
+        self.dp_rank, self.dp_size = self.mesh["dp"].get_local_rank(), self.mesh["dp"].size()
+        self.model = build_model(self.cfg, self.mesh, self.device)
+        o = self.cfg.optimizer
+        self.optimizer = torch.optim.AdamW(  # the fused kernel takes one mesh at a time
+            [{"params": group} for group in by_mesh(self.model.parameters())],
+            lr=o.lr,
+            betas=tuple(o.betas),
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            fused=True,
+        )
+        self.reference = [w.cpu().clone() for w in self._local_weights()] if self.keep_reference else None
+        return sum(p.numel() for p in self.model.parameters())
+
+    def _local_weights(self) -> list[torch.Tensor]:
+        """This rank's shards of the float32 master weights."""
+        return [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in self.model.parameters()]
+
+    def _micro_batches(self, batch: Sequences) -> list[MicroBatch]:
+        packing = self.cfg.sequence_packing
+        budget = packing.train_mb_tokens if packing.enabled else 1  # 1: every sequence is alone
+        mine = pack(batch.lengths, budget, self.dp_size)[self.dp_rank]
+        return [(indices, MicroBatch.build(batch.take(indices), self.device)) for indices in mine]
+
+    def update(self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any]) -> dict[str, float]:
+        """One optimizer step on `batch` (the global one; each rank takes its share).
+
+        `loss_fn(logprobs_T, sequence_T=, **per-token and per-sequence arrays, **loss_kwargs)` returns a loss that is
+        already divided by global counts, and a dict of sums (names ending in _min or _max: extrema).
+        """
+        totals: dict[str, torch.Tensor] = {}
+        micro_batches = self._micro_batches(batch)
+        for i, (_, mb) in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            self.model.set_requires_gradient_sync(last)  # reduce gradients once per optimizer step
+            self.model.set_reshard_after_backward(last or self.cfg.dtensor_cfg.reshard_after_forward)
+            logprobs_T = self.model(mb, self.cfg.generation.temperature)
+            loss, metrics = loss_fn(logprobs_T, sequence_T=mb.sequence_T, **mb.extras_T, **loss_kwargs)
+            (loss * self.dp_size).backward()  # FSDP averages over ranks; the loss is divided by global counts already
+            merge_metrics(totals, metrics)
+            self._clear_cache(i)
+        add_partial_gradients(self.model.lm, self.mesh["tp"])
+        grad_norm = clip_gradients(self.model.parameters(), self.cfg.max_grad_norm)
+        lr = self._schedule()
+        if torch.isfinite(grad_norm):  # the same on every rank; otherwise the weights stay as they were
+            self.optimizer.step()
+            self.steps_done += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        reduced = reduce_metrics(totals, self.mesh["dp"].get_group())
+        return reduced | {"grad_norm": grad_norm.item(), "lr": lr, "micro_batches": len(micro_batches)}
+
+    @torch.no_grad()
+    def logprobs(self, batch: Sequences, reference: bool = False) -> dict[int, np.ndarray]:
+        """Log-probabilities of this rank's share of the response tokens, by index in `batch`.
+
+        Under the present weights, or with `reference` under the starting ones, which visit the device for the while.
+        """
+        present = [w.clone() for w in self._local_weights()] if reference else []
+        for weight, start in zip(self._local_weights(), self.reference if reference else [], strict=reference):
+            weight.copy_(start)
+        found = {}
+        for indices, mb in self._micro_batches(batch):
+            values = self.model(mb, self.cfg.generation.temperature).cpu().numpy()
+            lengths = [len(batch.response_ids[i]) for i in indices]
+            found |= dict(zip(indices, np.split(values, np.cumsum(lengths)[:-1]), strict=True)) if indices else {}
+        self._reshard()
+        for weight, now in zip(self._local_weights(), present, strict=reference):
+            weight.copy_(now)
+        return found
+
+    def _reshard(self) -> None:
+        """Drop gathered copies of the weights: after a pass without backward they would outlive the next update."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _schedule(self) -> float:
+        o, warmup = self.cfg.optimizer, self.cfg.scheduler.warmup_steps
+        lr = o.lr * min(1.0, (self.steps_done + 1) / warmup) if warmup else o.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _clear_cache(self, i: int) -> None:
+        every = self.cfg.dtensor_cfg.clear_cache_every_n_steps
+        if every and self.device.type == "cuda" and (i + 1) % every == 0:
+            torch.cuda.empty_cache()
+
+    # ---- weights out
+
+    def _full_weights(self) -> Any:
+        """(Hugging Face name, whole tensor) of every parameter. A collective: all ranks must iterate to the end."""
+        for name, p in self.model.lm.named_parameters():  # a tied head appears once, under the embedding's name
+            yield name, p.full_tensor() if isinstance(p, DTensor) else p.data
+
+    def next_weight_bucket(self) -> dict[str, Any] | None:
+        """The next part of the weights, in the compute precision, for the engines; None after the last.
+
+        On a GPU it is a CUDA IPC handle of one flat buffer, valid until the next call, and goes to the engine on the
+        same device. On the CPU rank 0 hands out the bytes themselves, which travel through Ray's object store.
+        """
+        if self._export is None:
+            self._export = self._weight_buckets()
+        bucket = next(self._export, None)
+        if bucket is None:
+            self._export = self._ipc_buffer = None
+        return bucket
+
+    @torch.no_grad()
+    def _weight_buckets(self) -> Any:
+        dtype = getattr(torch, self.cfg.precision)
+        parts, size = [], 0
+        for name, tensor in self._full_weights():
+            parts.append((name, tensor.to(self.device, dtype)))
+            size += tensor.numel() * dtype.itemsize
+            if size >= REFIT_BUCKET_BYTES:
+                yield self._send(parts)
+                parts, size = [], 0
+        if parts:
+            yield self._send(parts)
+
+    def _send(self, parts: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+        message = {"shapes": [(name, tuple(t.shape)) for name, t in parts], "dtype": self.cfg.precision}
+        flat = torch.cat([t.reshape(-1) for _, t in parts])
+        if self.device.type == "cpu":
+            return message | ({"bytes": flat.view(torch.uint8).numpy()} if self.rank == 0 else {})
+        self._ipc_buffer = flat  # kept alive while the engine reads it
+        torch.cuda.synchronize()
+        return message | {"ipc": reduce_tensor(flat)[1]}
+
+    # ---- checkpoints
+
+    def _training_state(self) -> dict[str, torch.Tensor]:
+        """float32 master weights, optimizer state, schedule and random state as one flat dict of (sharded) tensors."""
+        state = {"steps_done": torch.tensor(self.steps_done), f"random.{self.rank}": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state[f"random.cuda.{self.rank}"] = torch.cuda.get_rng_state()
+        for name, p in self.model.named_parameters():
+            if p not in self.optimizer.state:  # no step yet: AdamW starts from these zeros
+                moments = {key: torch.zeros_like(p.detach()) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+            state[f"weight.{name}"] = p.detach()
+            state |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+        return state
+
+    def save(self, folder: str, publish: Callable[[], None]) -> None:
+        """Copy weights and training state to host memory, and start a thread that writes them.
+
+        Rank 0 writes the Hugging Face folder too, and calls `publish` when every rank has written its part.
+        """
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"rank {self.rank} does not see {folder}: all nodes must share that folder")
+        state = BlockingAsyncStager().stage(self._training_state())
+        weights = {}
+        for name, tensor in self._full_weights():
+            if self.rank == 0:
+                weights[name] = tensor.to("cpu", getattr(torch, self.cfg.precision), copy=True)
+        self._writing = self._writer.submit(self._write, folder, state, weights, publish)
+
+    def _write(self, folder: str, state: dict, weights: dict, publish: Callable[[], None]) -> tuple[str | None, float]:
+        """Runs in the thread. Returns what went wrong in one line (None: nothing) and the seconds it took."""
+        began, error = time.monotonic(), None
+        try:
+            dcp.save(  # ends on rank 0 only after all ranks have written, and fails on all if one fails
+                state, storage_writer=dcp.FileSystemWriter(f"{folder}/training_state"), process_group=self.writers
+            )
+            if self.rank == 0:
+                lm = self.model.lm
+                lm.config.dtype = getattr(torch, self.cfg.precision)
+                lm.save_pretrained(folder, state_dict=weights)
+                AutoTokenizer.from_pretrained(self.cfg.model_name).save_pretrained(folder)
+                publish()
+        except BaseException as e:  # torch.distributed.checkpoint raises one that is no Exception
+            reason = next(iter(e.failures.values()))[0] if isinstance(e, dcp.CheckpointException) else e
+            error = f"{type(reason).__name__}: {' '.join(str(reason).split())[-300:]}"
+        return error, time.monotonic() - began
+
+    def wait_saved(self) -> tuple[str | None, float]:
+        """Wait for the write in progress, if any; returns what `_write` does."""
+        writing, self._writing = self._writing, None
+        return writing.result(timeout=self.timeout_s) if writing else (None, 0.0)
+
+    def load(self, folder: str) -> None:
+        """Continue from what `save` wrote, by whatever number of ranks."""
+        reader = dcp.FileSystemReader(folder)
+        saved, state = reader.read_metadata().state_dict_metadata, self._training_state()
+        own = {name for name in state if not name.startswith("random.") or name in saved}  # a new rank has none there
+        state = {name: state[name] for name in own}
+        dcp.load(state, storage_reader=reader, process_group=self.writers)
+        self.steps_done = int(state["steps_done"])
+        setters = {f"random.{self.rank}": torch.set_rng_state, f"random.cuda.{self.rank}": torch.cuda.set_rng_state}
+        for name in own & setters.keys():
+            setters[name](state[name])
+
+    def memory(self) -> dict[str, float]:
+        """Peak GPU memory since the last call, in GiB (empty on the CPU)."""
+        if self.device.type == "cpu":
+            return {}
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return {"policy_peak_gib": peak}
+
+
+def merge_metrics(totals: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> None:
+    """Add `new` into `totals`: extrema for names ending in _min or _max, sums for all others. No host sync."""
+    for name, value in new.items():
+        if name not in totals:
+            totals[name] = value.detach()
+        elif name.endswith("_min"):
+            totals[name] = torch.minimum(totals[name], value.detach())
+        elif name.endswith("_max"):
+            totals[name] = torch.maximum(totals[name], value.detach())
+        else:
+            totals[name] = totals[name] + value.detach()
+
+
+def reduce_metrics(totals: dict[str, torch.Tensor], group: Any) -> dict[str, float]:
+    """The same over ranks, in three collectives and one transfer to the host."""
+    result = {}
+    ops = {"_min": dist.ReduceOp.MIN, "_max": dist.ReduceOp.MAX, "": dist.ReduceOp.SUM}
+    for name, value in totals.items():
+        assert value.ndim == 0, f"metric {name} is not a scalar"
+    for suffix, op in ops.items():
+        names = [n for n in totals if (n[-4:] if n[-4:] in ("_min", "_max") else "") == suffix]
+        if names:
+            stacked = torch.stack([totals[n].double() for n in names])
+            dist.all_reduce(stacked, op=op, group=group)
+            result |= dict(zip(names, stacked.tolist(), strict=True))
+    return result
+
+
+def by_mesh(params: Any) -> list[list[nn.Parameter]]:
+    """Parameters grouped by device mesh: with tensor parallelism some are on a 1-D, some on a 2-D mesh."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for p in params:
+        groups.setdefault(p.device_mesh, []).append(p)
+    return list(groups.values())
+
+
+def clip_gradients(parameters: Any, max_norm: float) -> torch.Tensor:
+    """Scale all gradients so that their global norm is at most `max_norm`; returns the norm before."""
+    params = [p for p in parameters if p.grad is not None]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]).full_tensor() for group in by_mesh(params)]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for p in params:
+        p.grad.to_local().mul_((max_norm / (total + 1e-6)).clamp(max=1.0))
+    return total
+
+
+# ---------------------------------------------------------------- all ranks, seen from the driver
+
+
+class Policy:
+    """The ranks as one object for the training loop. Every call has a deadline and names what did not answer."""
+
+    def __init__(self, cfg: Config, placement: Any):
+        self.cfg, self.timeout_s = cfg.policy, cfg.cluster.timeout_s
+        gpu = cfg.device == "cuda"
+        keep_reference = cfg.loss_fn.reference_policy_kl_penalty > 0
+        threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
+        actor = ray.remote(PolicyWorker)
+        self.workers = [
+            actor.options(
+                num_cpus=0,
+                num_gpus=0.5 if gpu else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank),
+                runtime_env={"env_vars": {} if gpu else {"OMP_NUM_THREADS": threads}},
+            ).remote(cfg.policy, rank, cfg.world_size, cfg.device, self.timeout_s, keep_reference)
+            for rank in range(cfg.world_size)
+        ]
+
+    def start(self) -> list[Any]:
+        """Begin loading on all ranks; returns references to wait for (engines load at the same time)."""
+        address = ray.get(self.workers[0].address.remote(), timeout=self.timeout_s)
+        return [w.setup.remote(address) for w in self.workers]
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        return ray.get([getattr(w, method).remote(*args) for w in self.workers], timeout=self.timeout_s)
+
+    def update(self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any]) -> dict[str, float]:
+        """One optimizer step; metrics as `PolicyWorker.update` gives them, the same on every rank."""
+        return self._all("update", ray.put(batch), loss_fn, loss_kwargs)[0]
+
+    def logprobs(self, batch: Sequences, reference: bool = False) -> list[np.ndarray]:
+        """Log-probabilities of every response token, in the order of `batch`, under the present or starting weights."""
+        merged: dict[int, np.ndarray] = {}
+        for part in self._all("logprobs", ray.put(batch), reference):
+            merged |= part
+        return [merged[i] for i in range(len(batch))]
+
+    def save(self, folder: str | Path, publish: Callable[[], None]) -> None:
+        """Copy the state and start writing it to `folder`; `publish` runs (on rank 0) when all is written."""
+        self._all("save", str(folder), publish)
+
+    def wait_saved(self) -> list[tuple[str | None, float]]:
+        """Wait for that; each rank's error (None: none) and seconds."""
+        return self._all("wait_saved")
+
+    def load(self, folder: str | Path) -> None:
+        self._all("load", str(folder))
+
+    def memory(self) -> dict[str, float]:
+        found = self._all("memory")
+        return {k: max(f[k] for f in found) for k in found[0]}

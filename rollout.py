@@ -1,0 +1,223 @@
+"""vLLM engines: one Ray actor per engine; token ids in, token ids and log-probabilities out; weight refit, sleep.
+
+The engine runs in the actor's own process: no second process to hand tokens to, and weights are copied in place.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from config import Config, PolicyCfg
+
+
+@dataclass
+class Group:
+    """The answers to one prompt. Lists have one entry per answer; token arrays are int64, log-probabilities float32."""
+
+    index: int  # of the prompt, as the caller numbered it
+    response_ids: list[np.ndarray]
+    rollout_logprobs: list[np.ndarray]  # after temperature, one per response token
+    finish_reasons: list[str]  # "stop" (the last token is an end-of-sequence token) or "length"
+
+
+class RolloutWorker:
+    """One vLLM engine; a Ray actor in training, usable directly in tests and in evaluate.py."""
+
+    def __init__(self, cfg: PolicyCfg, seed: int, device: str, model_name: str | None = None):
+        """`model_name`: load these weights; without it the engine starts with random ones and waits for a refit."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+
+        if device == "cpu":
+            # vLLM repacks linear weights for oneDNN at load and drops the originals, so a refit could not reach them.
+            import vllm._custom_ops
+
+            vllm._custom_ops._supports_onednn = False
+        elif cfg.precision == "bfloat16":
+            use_float32_logits()
+        generation = cfg.generation
+        v = generation.vllm_cfg
+        self.cfg, self.device = cfg, device
+        self.llm = LLM(
+            model=model_name or cfg.model_name,
+            load_format="auto" if model_name else "dummy",
+            skip_tokenizer_init=True,
+            dtype=cfg.precision,
+            seed=seed,
+            max_model_len=v.max_model_len,
+            max_num_seqs=v.max_num_seqs,
+            gpu_memory_utilization=v.gpu_memory_utilization,
+            kv_cache_memory_bytes=v.kv_cache_memory_bytes,
+            enforce_eager=v.enforce_eager,
+            enable_sleep_mode=device == "cuda" and generation.colocated.sleep,
+            logprobs_mode="processed_logprobs",  # after temperature, like the trainer's
+            disable_log_stats=True,
+        )
+        self.engine = self.llm.llm_engine
+
+    def ready(self) -> bool:
+        return True
+
+    def generate(
+        self, prompts: list[tuple[int, list[int]]], n: int, seed: int, stop_token_ids: list[int], temperature: float
+    ) -> Iterator[list[Group]]:
+        """Sample `n` answers to each (index, token ids) and yield groups as they finish.
+
+        `seed` fixes this call's samples whatever ran before (given the same hardware), so a resumed run repeats them.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        torch.manual_seed(seed)  # vLLM samples from torch's generator or, in its newer runner, seeds each
+        np.random.seed(seed % 2**32)  # request from numpy's
+        for index, ids in prompts:
+            params = SamplingParams(
+                n=n,
+                temperature=temperature,
+                max_tokens=min(self.cfg.generation.max_new_tokens, self.cfg.max_total_sequence_length - len(ids)),
+                stop_token_ids=stop_token_ids,
+                logprobs=0,  # of the sampled token only
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            self.engine.add_request(str(index), {"prompt_token_ids": ids}, params)
+        while self.engine.has_unfinished_requests():
+            groups = [self._group(output) for output in self.engine.step() if output.finished]
+            if groups:
+                yield groups
+
+    @staticmethod
+    def _group(output: Any) -> Group:
+        answers = sorted(output.outputs, key=lambda o: o.index)
+        return Group(
+            index=int(output.request_id.split("-")[0]),
+            response_ids=[np.array(o.token_ids, dtype=np.int64) for o in answers],
+            rollout_logprobs=[np.array(o.logprobs.logprobs, dtype=np.float32) for o in answers],
+            finish_reasons=[o.finish_reason for o in answers],
+        )
+
+    def load_weight_bucket(self, bucket: dict[str, Any] | None) -> bool:
+        """Copy one bucket of `PolicyWorker.next_weight_bucket` into the engine. False when there was none left."""
+        if bucket is None:
+            return False
+        if "ipc" in bucket:
+            from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+            flat = rebuild_cuda_tensor(*bucket["ipc"])
+        else:
+            flat = torch.from_numpy(bucket["bytes"].copy()).view(getattr(torch, bucket["dtype"]))
+        sizes = [int(np.prod(shape)) for _, shape in bucket["shapes"]]
+        weights = [(n, t.view(s)) for (n, s), t in zip(bucket["shapes"], flat.split(sizes), strict=True)]
+        self.llm.apply_model(lambda model: model.load_weights(weights))
+        if self.device == "cuda":
+            torch.cuda.synchronize()  # the sender reuses its buffer once we return
+        return True
+
+    def reset_prefix_cache(self) -> None:
+        """Forget keys and values computed under older weights."""
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
+
+    def sleep(self) -> None:
+        """Give weights and KV cache back to the GPU; a refit brings the weights back."""
+        self.llm.sleep(level=2)
+
+    def wake_up(self, tag: str) -> None:
+        self.llm.wake_up(tags=[tag])
+
+
+def use_float32_logits() -> None:
+    """Let vLLM's LM head return float32 from bfloat16 inputs, as the trainer's does.
+
+    Rounding logits to bfloat16 was most of the mismatch between engine and trainer. vLLM 0.32 has an option for it
+    (head_dtype), 0.25 has not; this works for both.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    def apply(_: Any, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        logits = torch.mm(x, layer.weight.t(), out_dtype=torch.float32)
+        return logits if bias is None else logits + bias
+
+    UnquantizedEmbeddingMethod.apply = apply
+
+
+class RolloutEngines:
+    """All engines as one object for the training loop. Every call has a deadline and names what did not answer."""
+
+    def __init__(self, cfg: Config, placement: Any):
+        self.cfg, self.timeout_s = cfg, cfg.cluster.timeout_s
+        self.sleeps = cfg.device == "cuda" and cfg.policy.generation.colocated.sleep
+        gpu = cfg.device == "cuda"
+        actor = ray.remote(RolloutWorker)
+        threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
+        cpu_env = {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        self.workers = [
+            actor.options(
+                num_cpus=0,
+                num_gpus=0.5 if gpu else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=i),
+                runtime_env={"env_vars": {} if gpu else cpu_env},
+            ).remote(cfg.policy, cfg.grpo.seed + i, cfg.device)
+            for i in range(cfg.world_size)
+        ]
+
+    def start(self) -> list[Any]:
+        """References that resolve when the engines are loaded."""
+        return [w.ready.remote() for w in self.workers]
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        return ray.get([getattr(w, method).remote(*args) for w in self.workers], timeout=self.timeout_s)
+
+    def generate(
+        self, prompts: list[list[int]], n: int, seed: int, stop_token_ids: list[int], temperature: float | None = None
+    ) -> Iterator[Group]:
+        """Sample `n` answers to every prompt (token ids); yields one `Group` a prompt, in the order they finish.
+
+        Prompts are dealt to the engines in turn; each engine draws from its own seed. Raises TimeoutError when no
+        engine has finished a group for `cluster.timeout_s`.
+        """
+        if temperature is None:
+            temperature = self.cfg.policy.generation.temperature
+        count = len(self.workers)
+        streams = [
+            w.generate.options(num_returns="streaming").remote(
+                list(enumerate(prompts))[i::count], n, seed * count + i, stop_token_ids, temperature
+            )
+            for i, w in enumerate(self.workers)
+        ]
+        while streams:
+            ready, _ = ray.wait(streams, num_returns=1, timeout=self.timeout_s, fetch_local=False)
+            if not ready:
+                raise TimeoutError(f"no answer from the rollout engines for {self.timeout_s:.0f} s (cluster.timeout_s)")
+            for stream in ready:
+                try:
+                    yield from ray.get(next(stream), timeout=self.timeout_s)
+                except StopIteration:
+                    streams.remove(stream)
+
+    def sleep(self) -> None:
+        if self.sleeps:
+            self._all("sleep")
+
+    def refit(self, policy_workers: list[Any]) -> None:
+        """Bring the policy's weights into every engine, wake the KV memory, and forget cached prefixes."""
+        if self.sleeps:
+            self._all("wake_up", "weights")
+        more = True
+        while more:
+            buckets = [w.next_weight_bucket.remote() for w in policy_workers]
+            if self.cfg.device == "cpu":
+                buckets = buckets[:1] * len(self.workers)
+            loads = [w.load_weight_bucket.remote(b) for w, b in zip(self.workers, buckets, strict=True)]
+            more = any(ray.get(loads, timeout=self.timeout_s))
+        if self.sleeps:
+            self._all("wake_up", "kv_cache")
+        self._all("reset_prefix_cache")

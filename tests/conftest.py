@@ -1,0 +1,73 @@
+"""Fixtures: tiny random models made by the quickstart's own script, and configurations that run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@pytest.fixture(scope="session")
+def arithmetic_rows(tmp_path_factory) -> Path:
+    """Folder with train.jsonl and validation.jsonl of the quickstart's problems."""
+    folder = tmp_path_factory.mktemp("rows")
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "arithmetic", "--kinds", "add", "--max-operand", "6"]
+    subprocess.run([*command, "--num-train", "512", "--output", str(folder)], check=True, capture_output=True)
+    return folder
+
+
+def make_tiny_model(rows: Path, folder: Path, tied: bool = True, seed: int = 0) -> Path:
+    """A random Qwen3 model of the quickstart's size, saved as a Hugging Face folder."""
+    import torch
+    from quickstart_model import make_model, train_tokenizer
+
+    torch.manual_seed(seed)
+    texts = [json.loads(line)["question"] + r" \boxed{0123}" for line in (rows / "train.jsonl").open()]
+    tokenizer = train_tokenizer(texts)
+    model = make_model(tokenizer)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model = type(model)(model.config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(arithmetic_rows, tmp_path_factory) -> Path:
+    return make_tiny_model(arithmetic_rows, tmp_path_factory.mktemp("tied"))
+
+
+@pytest.fixture(scope="session")
+def untied_model(arithmetic_rows, tmp_path_factory) -> Path:
+    return make_tiny_model(arithmetic_rows, tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def warm_model(arithmetic_rows, tmp_path_factory) -> Path:
+    """The quickstart's own warm-up on sums up to 6 + 6, where it takes seconds: right about one time in three."""
+    folder = tmp_path_factory.mktemp("warm") / "model"
+    script = [sys.executable, str(ROOT / "recipes" / "quickstart_model.py"), "--output", str(folder)]
+    subprocess.run(
+        [*script, "--data", str(arithmetic_rows / "train.jsonl")], check=True, capture_output=True, timeout=120
+    )
+    return folder
+
+
+@pytest.fixture
+def quickstart_overrides(arithmetic_rows, tiny_model, tmp_path):
+    """Overrides that run the quickstart recipe on the tiny model, with all output in tmp_path."""
+    return [
+        f"policy.model_name={tiny_model}",
+        f"data.train_jsonl_fpath={arithmetic_rows}/train.jsonl",
+        f"data.validation_jsonl_fpath={arithmetic_rows}/validation.jsonl",
+        f"logger.log_dir={tmp_path}/logs",
+        f"checkpointing.checkpoint_dir={tmp_path}/checkpoints",
+    ]

@@ -1,0 +1,154 @@
+"""Learning is real: it happens with every variant and option, and does not happen without a signal."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from config import load_config
+from logger import Logger
+from train_grpo import RunError, check_limits, stop_if_not_finite
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def run(quickstart_overrides, warm_model, tmp_path):
+    """Run the real script on the warm model and return its exit code, metrics and stderr."""
+
+    def start(*overrides: str):
+        command = [sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "recipes" / "quickstart.yaml")]
+        base = [
+            "grpo.num_prompts_per_step=16",
+            "grpo.val_period=0",
+            "grpo.val_at_start=false",
+            "grpo.max_num_epochs=99",
+        ]
+        base += [f"policy.model_name={warm_model}", "checkpointing.save_period=1000"]
+        done = subprocess.run(
+            [*command, *quickstart_overrides, *base, *overrides],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            cwd=tmp_path,
+        )
+        metrics = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
+        return done.returncode, metrics, done.stdout + done.stderr
+
+    return start
+
+
+OPTIONS = {
+    "grpo": ["loss_fn.variant=grpo"],
+    "dr_grpo": ["loss_fn.variant=dr_grpo"],
+    "cispo": ["loss_fn.variant=cispo"],
+    "gspo": ["loss_fn.variant=gspo", "policy.train_global_batch_size=64", "policy.optimizer.lr=4e-4"],
+    "everything": [
+        "policy.train_global_batch_size=64", "loss_fn.reference_policy_kl_penalty=0.001", "loss_fn.ratio_clip_c=3",
+        "loss_fn.use_importance_sampling_correction=true", "loss_fn.truncated_importance_sampling_ratio=2",
+        "grpo.use_dynamic_sampling=true", "grpo.dynamic_sampling_max_gen_batches=2", "grpo.normalize_rewards=true",
+        "grpo.overlong_filtering=true", "grpo.reward_shaping.enabled=true",
+        "grpo.reward_shaping.max_response_length=12",
+        "grpo.reward_shaping.overlong_buffer_length=2", "loss_fn.token_level_loss=false",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_variant_learns(run, name):
+    code, metrics, output = run("grpo.max_num_steps=30", *OPTIONS[name])
+    assert code == 0, output[-3000:]
+    rewards = [m["reward"] for m in metrics]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.2, rewards
+    assert all(m["gen_kl_error"] < 1e-5 for m in metrics)
+    if name == "everything":
+        assert metrics[0]["num_optimizer_steps"] == 2
+        assert {m["num_samples"] for m in metrics} <= {128, 256}  # one batch of prompts, or two where signal was short
+        assert max(m["num_samples"] for m in metrics) == 256
+        assert metrics[0]["kl_penalty"] < metrics[-1]["kl_penalty"]
+        assert metrics[-1]["probs_ratio_max"] > 1.0  # the second optimizer step of a batch is off-policy
+        assert "dynamic sampling:" in output
+
+
+CONSTANT = """
+import sys
+sys.path.insert(0, {root!r})
+import reward_server
+reward_server.VERIFIERS["constant"] = lambda text, answer: reward_server.Verdict(1.0, "correct", "1")
+if __name__ == "__main__":
+    reward_server.main()
+"""
+
+
+def test_a_constant_reward_teaches_nothing(run, warm_model, tmp_path):
+    """Weights bit for bit as before, even with weight decay: a batch without signal makes no optimizer step."""
+    script = tmp_path / "constant_server.py"
+    script.write_text(CONSTANT.format(root=str(ROOT)))
+    server = subprocess.Popen(
+        [sys.executable, str(script), "--port", "0", "--verifier", "constant"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        url = server.stdout.readline().split()[-1]
+        code, metrics, output = run(
+            f"env.reward_url={url}", "grpo.max_num_steps=2", "policy.optimizer.weight_decay=0.1"
+        )
+    finally:
+        server.terminate()
+        server.wait(20)
+    assert code == 0, output[-3000:]
+    assert [m["reward"] for m in metrics] == [1.0, 1.0]
+    assert [m["frac_zero_signal_groups"] for m in metrics] == [1.0, 1.0]
+    assert "nothing to learn" in output
+    from safetensors.torch import load_file
+
+    before = load_file(Path(warm_model) / "model.safetensors")
+    after = load_file(tmp_path / "checkpoints" / "step_2" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_learning_rate_zero_does_not_drift_and_a_limit_stops_the_run(run):
+    """Five steps leave engine and trainer as close as at the start; a limit below that ends the run, all logged."""
+    code, metrics, output = run(
+        "policy.optimizer.lr=0", "grpo.max_num_steps=9", "grpo.max_token_mult_prob_error=0.5", "grpo.gate_patience=5"
+    )
+    assert code == 1
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
+    assert all(m["token_mult_prob_error"] == pytest.approx(1.0, abs=1e-5) for m in metrics)
+    assert metrics[4]["gen_kl_error"] < 10 * metrics[0]["gen_kl_error"] + 1e-10
+    last = output.strip().splitlines()[-1]
+    assert last.startswith(
+        "error: 1 is above grpo.max_token_mult_prob_error=0.5 for 5 steps in a row; engine and trainer"
+    )
+
+
+class Stub:
+    """The two fields of a Run that the gates look at."""
+
+    def __init__(self, cfg):
+        self.cfg, self.exceeded, self.log = cfg, {}, Logger(cfg)
+
+
+def test_limits_count_steps_in_a_row(quickstart_overrides):
+    run = Stub(load_config(ROOT / "recipes" / "quickstart.yaml", quickstart_overrides))
+    bad, good = {"num_unverified": 30, "num_samples": 100}, {"num_unverified": 20, "num_samples": 100}
+    for metrics in (bad, bad, good, bad, bad):
+        check_limits(run, metrics)
+    with pytest.raises(RunError, match=r"0.3 is above grpo.max_unverified_fraction=0.2 for 3 steps in a row"):
+        check_limits(run, bad)
+
+
+def test_a_loss_that_is_not_finite_saves_the_answers(quickstart_overrides, tmp_path):
+    from test_algorithm import answer
+
+    run = Stub(load_config(ROOT / "recipes" / "quickstart.yaml", quickstart_overrides))
+    run.log.start_step(7, 9)
+    stop_if_not_finite(run, {"loss": 0.1, "grad_norm": 2.0}, [answer()])
+    with pytest.raises(RunError, match=r"gradient norm nan at step 7: not finite; .*failed_step_7.jsonl"):
+        stop_if_not_finite(run, {"loss": 0.1, "grad_norm": float("nan")}, [answer(), answer()])
+    assert len((tmp_path / "logs" / "failed_step_7.jsonl").read_text().splitlines()) == 2

@@ -1,0 +1,227 @@
+"""The update on real ranks: packed equals plain, two ranks equal one (FSDP2, tensor parallel), only answers train."""
+
+import dataclasses
+import functools
+import os
+import socket
+import tempfile
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import ROOT
+
+from config import load_config
+from policy import MicroBatch, PolicyWorker, Sequences
+from train_grpo import grpo_loss
+
+pytestmark = pytest.mark.slow
+
+
+def random_batch(count: int, seed: int = 0) -> Sequences:
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(3, 200, rng.integers(1, 9)) for _ in range(count)]
+    responses = [rng.integers(3, 200, rng.integers(1, 12)) for _ in range(count)]
+    return Sequences(
+        prompt_ids=prompts,
+        response_ids=responses,
+        per_token={
+            "rollout_logprobs_T": [rng.normal(-3, 1, len(r)) for r in responses],
+            "mask_T": [(rng.random(len(r)) < 0.8).astype(float) for r in responses],
+        },
+        per_sequence={"advantages_T": rng.normal(0, 1, count)},
+    )
+
+
+def counts(batch: Sequences) -> dict[str, float]:
+    masks = batch.per_token["mask_T"]
+    return {
+        "num_valid_tokens": float(sum(m.sum() for m in masks)),
+        "num_valid_sequences": float(sum(m.any() for m in masks)),
+    }
+
+
+def free_address() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
+
+
+def rank_main(rank, world_size, address, cfg, batch, steps, folder):
+    """One rank: `steps` updates; rank 0 reports metrics, weights, and all ranks' log-probabilities of their share."""
+    torch.set_num_threads(1)
+    worker = PolicyWorker(cfg.policy, rank, world_size, "cpu", timeout_s=120, keep_reference=True)
+    worker.setup(address)
+    kwargs = {"cfg": cfg.loss_fn, **counts(batch)}
+    metrics = [worker.update(batch, grpo_loss, kwargs) for _ in range(steps)]
+    weights = {name: tensor.detach().clone().numpy() for name, tensor in worker._full_weights()}
+    after, reference = worker.logprobs(batch), worker.logprobs(batch, reference=True)
+    torch.save((metrics, weights if rank == 0 else None, after, reference), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def run_ranks(cfg, batch, world_size=1, steps=2):
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = mp.spawn(
+            rank_main, (world_size, free_address(), cfg, batch, steps, folder), world_size, join=False
+        )  # fmt: skip
+        deadline = time.monotonic() + 90
+        while not ranks.join(timeout=1):  # raises what a rank raised
+            assert time.monotonic() < deadline, "the ranks did not finish"
+        found = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+    merged = [functools.reduce(lambda a, b: a | b, (f[i] for f in found)) for i in (2, 3)]
+    return found[0][0], found[0][1], *([m[i] for i in range(len(batch))] for m in merged)
+
+
+@pytest.fixture
+def config(quickstart_overrides):
+    def load(*overrides):
+        base = ["policy.optimizer.lr=0.01", "policy.optimizer.eps=1e-3", "policy.max_grad_norm=0.05"]
+        return load_config(ROOT / "recipes" / "quickstart.yaml", [*quickstart_overrides, *base, *overrides])
+
+    return load
+
+
+def close(a, b, tolerance=2e-5):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=tolerance, rtol=1e-4, err_msg=name)
+
+
+PACKED = ["policy.sequence_packing.train_mb_tokens=64"]
+SETTINGS = {
+    "one sequence each": (1, ["policy.sequence_packing.enabled=false"]),
+    "all in one": (1, ["policy.sequence_packing.train_mb_tokens=1024"]),
+    "checkpointing": (1, [*PACKED, "policy.dtensor_cfg.activation_checkpointing=true"]),
+    "2 ranks": (2, PACKED),
+    "2 ranks, resharding": (2, [*PACKED, "policy.dtensor_cfg.reshard_after_forward=true"]),
+    "tensor parallel": (2, [*PACKED, "cluster.cpu_ranks_per_node=2", "policy.dtensor_cfg.tensor_parallel_size=2"]),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_way_to_split_a_batch_gives_the_same_update(config, setting):
+    """Against one rank with packs of 64 tokens: metrics of two steps, clipped gradients and weights, to rounding."""
+    batch = random_batch(12)
+    metrics, weights, after, reference = run_ranks(config(*PACKED), batch)
+    ranks, overrides = SETTINGS[setting]
+    other_metrics, other_weights, other_after, other_reference = run_ranks(config(*overrides), batch, ranks)
+    close(weights, other_weights)
+    for mine, other in zip(metrics, other_metrics, strict=True):
+        assert mine["grad_norm"] > 0.05  # clipping was active
+        for name in mine.keys() - {"micro_batches"}:
+            assert other[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-5), name
+    for a, b, start in zip(after, other_after, reference, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+        assert np.abs(a - start).max() > 1e-2  # the weights moved, and the reference did not move with them
+    for a, b in zip(reference, other_reference, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_fewer_sequences_than_ranks(config):
+    """A rank without a sequence takes part in the collectives and adds nothing."""
+    batch = random_batch(1)
+    metrics, weights, *_ = run_ranks(config(), batch)
+    other_metrics, other_weights, *_ = run_ranks(config(), batch, world_size=2)
+    close(weights, other_weights)
+    assert other_metrics[0]["loss"] == pytest.approx(metrics[0]["loss"], rel=1e-5)
+
+
+def test_one_step_against_plain_autograd(config, tiny_model):
+    """Loss, gradient norm and AdamW step recomputed with Hugging Face's plain forward pass, sequence by sequence."""
+    from transformers import AutoModelForCausalLM
+
+    cfg = config("policy.max_grad_norm=1e9")
+    batch = random_batch(5)
+    n = counts(batch)["num_valid_tokens"]
+    metrics, weights, *_ = run_ranks(cfg, batch, steps=1)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    o = cfg.policy.optimizer
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    total = 0.0
+    for i in range(len(batch)):
+        prompt, response = batch.prompt_ids[i], batch.response_ids[i]
+        ids = torch.tensor(np.concatenate([prompt, response]))[None]
+        logprobs = plain(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        picked = logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0]
+        mask = torch.tensor(batch.per_token["mask_T"][i])
+        total = total - (mask * batch.per_sequence["advantages_T"][i] * (picked - picked.detach()).exp()).sum() / n
+    total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
+    optimizer.step()
+    assert metrics[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
+    assert metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    close(weights, {name: p.detach().numpy() for name, p in plain.named_parameters()})
+
+
+def test_learning_rate_warms_up(config):
+    cfg = config("policy.scheduler.warmup_steps=4")
+    metrics, *_ = run_ranks(cfg, random_batch(2), steps=6)
+    assert [m["lr"] for m in metrics] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+def nonfinite_main(rank, address, cfg, batch, folder):
+    worker = PolicyWorker(cfg.policy, rank, 1, "cpu", timeout_s=60)
+    worker.setup(address)
+    before = [w.clone() for w in worker._local_weights()]
+    metrics = worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts(batch)})
+    same = all(torch.equal(a, b) for a, b in zip(before, worker._local_weights(), strict=True))
+    torch.save((metrics["grad_norm"], same, worker.steps_done), f"{folder}/result.pt")
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(config, tmp_path):
+    batch = random_batch(3)
+    batch.per_sequence["advantages_T"][1] = np.inf
+    batch.per_token["mask_T"][1][:] = 1
+    mp.spawn(nonfinite_main, (free_address(), config(), batch, str(tmp_path)), 1)
+    grad_norm, same, steps_done = torch.load(tmp_path / "result.pt", weights_only=False)
+    assert not np.isfinite(grad_norm)
+    assert same
+    assert steps_done == 0
+
+
+def test_saved_folder_is_plain_hugging_face(config, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cfg = config()
+    worker = PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    worker.setup(free_address())
+    try:
+        batch = random_batch(3)
+        worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts(batch)})
+        (tmp_path / "saved").mkdir()
+        worker.save(str(tmp_path / "saved"), lambda: None)
+        assert worker.wait_saved()[0] is None
+        weights = {name: t.detach().clone() for name, t in worker._full_weights()}
+    finally:
+        torch.distributed.destroy_process_group()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.config.tie_word_embeddings
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, weights[name]), name
+    assert loaded.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token_id
+
+
+def test_micro_batch_by_hand():
+    """Prompt tokens and the last answer token predict nothing; every answer token, EOS too, is predicted once."""
+    batch = Sequences(
+        prompt_ids=[np.array([5, 6]), np.array([7])],
+        response_ids=[np.array([8, 2]), np.array([9, 9, 2])],
+        per_token={"mask_T": [np.array([1, 0]), np.array([1, 1, 1])]},
+        per_sequence={"advantages_T": np.array([0.5, -2.0])},
+    )
+    mb = MicroBatch.build(batch, torch.device("cpu"))
+    got = {f.name: getattr(mb, f.name) for f in dataclasses.fields(mb)}
+    assert got["input_ids_N"].tolist() == [5, 6, 8, 2, 7, 9, 9, 2]
+    assert got["position_ids_N"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert got["cu_seqlens"].tolist() == [0, 4, 8]
+    assert got["max_seqlen"] == 4
+    assert got["predict_T"].tolist() == [1, 2, 4, 5, 6]
+    assert got["target_T"].tolist() == [8, 2, 9, 9, 2]
+    assert got["sequence_T"].tolist() == [0, 0, 1, 1, 1]
+    assert got["extras_T"]["mask_T"].tolist() == [1, 0, 1, 1, 1]
+    assert got["extras_T"]["advantages_T"].tolist() == [0.5, 0.5, -2.0, -2.0, -2.0]

@@ -1,0 +1,282 @@
+"""The real script, shortened: what it logs against an independent computation, and what it does when parts die."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+
+from config import ConfigError, load_config
+from launch import check_before_start
+from train_grpo import Rows, number_of_steps
+
+BATCH = ["grpo.num_prompts_per_step=8", "grpo.num_generations_per_prompt=8"]
+
+
+def command(overrides: list[str]) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "train_grpo.py"),
+        "--config",
+        str(ROOT / "recipes" / "quickstart.yaml"),
+        *overrides,
+    ]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.open()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def short_run(warm_model, arithmetic_rows, tmp_path_factory):
+    """Three steps of the quickstart with every logger on."""
+    folder = tmp_path_factory.mktemp("run")
+    overrides = [
+        *BATCH, f"policy.model_name={warm_model}", f"data.train_jsonl_fpath={arithmetic_rows}/train.jsonl",
+        f"data.validation_jsonl_fpath={arithmetic_rows}/validation.jsonl", f"logger.log_dir={folder}/logs",
+        f"checkpointing.checkpoint_dir={folder}/checkpoints", "checkpointing.save_period=1",
+        "checkpointing.keep_top_k=1",
+        "grpo.max_num_steps=3", "grpo.val_period=2", "logger.num_rollouts_to_save=-1", "logger.wandb_enabled=true",
+        "logger.tensorboard_enabled=true", "policy.max_grad_norm=0.1", "policy.sequence_packing.train_mb_tokens=256",
+    ]  # fmt: skip
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_API_KEY": "planted-secret-0123456789abcdef0123456789"}
+    done = subprocess.run(command(overrides), env=env, capture_output=True, text=True, timeout=240, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+@pytest.mark.slow
+def test_first_step_against_an_independent_computation(short_run, warm_model):
+    """Reward, advantages, loss, gradient norm and engine mismatch of step 1 from its saved answers."""
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = short_run
+    metrics = [m for m in read(folder / "logs" / "metrics.jsonl") if m["step"] == 1][0]
+    samples = [s for s in read(folder / "logs" / "rollouts.jsonl") if s["step"] == 1 and s["split"] == "train"]
+    assert [s["prompt"] for s in samples] == [p for p in range(8) for _ in range(8)]
+    rewards = np.array([s["reward"] for s in samples]).reshape(8, 8)
+    assert metrics["reward"] == rewards.mean()
+    assert 0 < rewards.mean() < 1
+    others = (rewards.sum(1, keepdims=True) - rewards) / 7
+    advantages = (rewards - others).ravel()  # leave-one-out, not normalised in this recipe
+    tokens = sum(len(s["response_ids"]) for s in samples)
+    model = AutoModelForCausalLM.from_pretrained(warm_model, dtype=torch.float32)
+    loss, gaps = 0.0, []
+    for s, advantage in zip(samples, advantages, strict=True):
+        assert s["truncated"] or s["response_ids"][-1] == model.config.eos_token_id  # trained on where it stopped
+        ids = torch.tensor(s["prompt_ids"] + s["response_ids"])[None]
+        logprobs = model(ids).logits[0, len(s["prompt_ids"]) - 1 : -1].log_softmax(-1)
+        picked = logprobs.gather(-1, torch.tensor(s["response_ids"])[:, None])[:, 0]
+        loss = loss - advantage * (picked - picked.detach()).exp().sum() / tokens
+        if advantage:
+            gaps.append(picked.detach() - torch.tensor(s["rollout_logprobs"]))
+    loss.backward()
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert metrics["grad_norm"] > 0.1  # so clipping had work to do
+    gap = torch.cat(gaps)
+    assert gap.abs().mean() < 1e-4
+    assert metrics["token_mult_prob_error"] == pytest.approx(gap.abs().exp().mean().item(), abs=1e-5)
+    assert metrics["mean_gen_tokens"] == tokens / 64
+    assert metrics["frac_zero_signal_groups"] == np.mean(rewards.std(1) == 0)
+
+
+@pytest.mark.slow
+def test_console_and_loggers(short_run):
+    folder, done = short_run
+    for words in ("Step 1/3", "Step 3/3", "reward 0.", "gen_kl_error", "validation: accuracy", "tokens/s", "generate"):
+        assert words in done.stdout
+    steps = read(folder / "logs" / "metrics.jsonl")
+    assert [m["step"] for m in steps] == [0, 1, 2, 3]
+    assert ["val:accuracy" in m for m in steps] == [True, False, True, True]
+    times = list(steps[1:])
+    assert all(m["time/step_s"] > m["time/generate_s"] + m["time/train_s"] for m in times)
+    assert list((folder / "logs" / "wandb").glob("offline-run-*/*.wandb"))
+    assert list((folder / "logs" / "tensorboard").glob("events.out.*"))
+
+
+@pytest.mark.slow
+def test_no_secret_is_written(short_run):
+    folder, done = short_run
+    assert "planted-secret" not in done.stdout + done.stderr
+    for path in folder.rglob("*"):
+        assert not path.is_file() or b"planted-secret" not in path.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_checkpoints_kept_and_complete(short_run):
+    """The best by validation accuracy and the latest; no half-written folder; plain Hugging Face inside."""
+    folder, _ = short_run
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    accuracy = {m["step"]: m.get("val:accuracy", -1) for m in read(folder / "logs" / "metrics.jsonl") if m["step"]}
+    best = max(accuracy, key=lambda step: (accuracy[step], step))
+    assert kept == sorted({f"step_{best}", "step_3"})
+    names = {p.name for p in (folder / "checkpoints" / "step_3").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "metrics.json"}
+
+
+@pytest.mark.slow
+def test_last_checkpoint_loads_in_a_fresh_engine(short_run, arithmetic_rows):
+    """evaluate.py through vLLM and the reward server; its answers get the verdict that they get in process."""
+    from reward_server import verify
+
+    folder, _ = short_run
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), "--model", str(folder / "checkpoints" / "step_3"), "--k", "4",
+         "--data", str(arithmetic_rows / "validation.jsonl"), "--output", str(folder / "evaluation"),
+         "--max-new-tokens", "12", "--max-total-sequence-length", "64"],
+        capture_output=True, text=True, timeout=180, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read(arithmetic_rows / "validation.jsonl")
+    answers = read(folder / "evaluation" / "samples.jsonl")
+    assert [a["row"] for a in answers] == [r for r in range(len(rows)) for _ in range(4)]
+    for a in answers:
+        assert a["reward"] == verify(a["text"], rows[a["row"]]["expected_answer"]).reward
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    assert metrics["avg@4"] == pytest.approx(np.mean([a["reward"] for a in answers]))
+    assert f"avg@4    {metrics['avg@4']:.3f}" in done.stdout
+
+
+def wait_for(condition, seconds: float, what: str):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.05)
+    return found
+
+
+def children(process: psutil.Process, words: str) -> list[psutil.Process]:
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            if words in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:  # it ended while we looked
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_death_of_the_reward_server_and_of_an_engine(quickstart_overrides, warm_model, tmp_path):
+    """The first is restarted and the run goes on; the second ends it with a clear line and no process left behind."""
+    overrides = [*quickstart_overrides, *BATCH, f"policy.model_name={warm_model}", "grpo.val_at_start=false"]
+    overrides += [
+        "grpo.max_num_steps=100000",
+        "grpo.max_num_epochs=100000",
+        "grpo.val_period=0",
+        "checkpointing.enabled=false",
+    ]
+    errors = tmp_path / "stderr"
+    with errors.open("w") as stderr:
+        run = subprocess.Popen(command(overrides), stdout=subprocess.DEVNULL, stderr=stderr, cwd=tmp_path)
+    process = psutil.Process(run.pid)
+    metrics = tmp_path / "logs" / "metrics.jsonl"
+    try:
+        wait_for(lambda: len(read(metrics)) >= 2 or run.poll() is not None, 120, "the second step")
+        children(process, "reward_server.py")[0].send_signal(signal.SIGKILL)
+        wait_for(lambda: "starting it again" in errors.read_text(), 30, "the restart")
+        before = len(read(metrics))
+        wait_for(lambda: len(read(metrics)) >= before + 3, 60, "three more steps")
+        assert read(metrics)[-1]["num_unverified"] == 0
+        family = [p for p in process.children(recursive=True) if p.is_running()]
+        children(process, "ray::RolloutWorker")[0].send_signal(signal.SIGKILL)
+        assert run.wait(timeout=60) == 1
+    finally:
+        run.kill()
+    lines = errors.read_text()
+    assert "error: a policy or rollout actor died, the run cannot go on (checkpoints are intact)" in lines
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_stops_everything_quietly(quickstart_overrides, warm_model, tmp_path):
+    """Exit code 85 with the last finished step saved, although its turn (save_period=50) had not come."""
+    overrides = [*quickstart_overrides, *BATCH, f"policy.model_name={warm_model}", "grpo.val_at_start=false"]
+    metrics = tmp_path / "logs" / "metrics.jsonl"
+    with (tmp_path / "stderr").open("w") as stderr:
+        run = subprocess.Popen(command(overrides), stdout=subprocess.DEVNULL, stderr=stderr, cwd=tmp_path)
+    try:
+        wait_for(lambda: read(metrics) or run.poll() is not None, 120, "the first step")
+        family = psutil.Process(run.pid).children(recursive=True)
+        run.terminate()
+        assert run.wait(timeout=60) == 85
+    finally:
+        run.kill()
+    last = read(metrics)[-1]["step"]
+    assert [p.name for p in (tmp_path / "checkpoints").glob("*step*")] == [f"step_{last}"]
+    lines = (tmp_path / "stderr").read_text()
+    assert "stopped by SIGTERM; the same command continues from the newest checkpoint" in lines
+    assert "SIGTERM received" not in lines
+    assert "Traceback" not in lines
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
+
+
+# ---------------------------------------------------------------- before anything starts
+
+
+def test_wandb_without_a_key_is_said_at_once(quickstart_overrides, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    cfg = load_config(ROOT / "recipes" / "quickstart.yaml", [*quickstart_overrides, "logger.wandb_enabled=true"])
+    with pytest.raises(ConfigError, match="WANDB_API_KEY is not set; export it, or WANDB_MODE=offline"):
+        check_before_start(cfg)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2 is not a row"),
+        ('{"expected_answer": "1"}', "responses_create_params"),
+        ("[]", "line 2 is not a row"),
+    ],
+)
+def test_bad_rows_name_file_and_line(arithmetic_rows, tiny_model, tmp_path, line, words):
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text((arithmetic_rows / "train.jsonl").open().readline() + line + "\n")
+    with pytest.raises(ConfigError, match=words):
+        Rows(str(path), AutoTokenizer.from_pretrained(tiny_model), 64)
+
+
+def test_prompts_without_room_and_missing_files(arithmetic_rows, tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with pytest.raises(ConfigError, match=r"train.jsonl line 1: the prompt has \d+ tokens, which leaves no room"):
+        Rows(f"{arithmetic_rows}/train.jsonl", tokenizer, 8)
+    with pytest.raises(ConfigError, match="make them with prepare_data.py"):
+        Rows("nowhere.jsonl", tokenizer, 8)
+
+
+def test_batches_cover_each_epoch_once_in_its_own_order(arithmetic_rows, tiny_model):
+    from transformers import AutoTokenizer
+
+    rows = Rows(f"{arithmetic_rows}/train.jsonl", AutoTokenizer.from_pretrained(tiny_model), 64)
+    per_epoch = len(rows) // 100
+    epochs = [[i for step in range(per_epoch) for i in rows.batch(e * per_epoch + step, 100, 1, True)] for e in (0, 1)]
+    assert all(len(set(epoch)) == per_epoch * 100 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert rows.batch(3, 100, 1, True) == rows.batch(3, 100, 1, True) != rows.batch(3, 100, 2, True)
+    assert rows.batch(1, 100, 1, False) == list(range(100, 200))
+
+
+def test_number_of_steps(quickstart_overrides):
+    cfg = load_config(ROOT / "recipes" / "quickstart.yaml", [*quickstart_overrides, "grpo.max_num_steps=10"])
+    assert number_of_steps(cfg, 64) == 2  # 32 prompts a step, one epoch
+    assert number_of_steps(cfg, 10_000) == 10
+    with pytest.raises(ConfigError, match="has 31 rows, fewer than grpo.num_prompts_per_step=32"):
+        number_of_steps(cfg, 31)

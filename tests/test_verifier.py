@@ -1,0 +1,725 @@
+r"""The verifier's policy, line by line (see math_verifier.py), in process and without a server.
+
+Each list is (gold, what the model put in the box, whether it should pay). The expected verdicts are reasoned from the
+policy, not from what the code says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from hostile_answers import HOSTILE
+
+from math_verifier import extract_answer, normalise, parse_number
+from reward_server import Verdict, exact_verdict, verify
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIANTS = ROOT.parent / "shared" / "data" / "verifier" / "variants.jsonl"
+
+NUMBERS = [
+    ("42", "42", True),
+    ("42", "+42", True),
+    ("42", "42.", True),
+    ("42", "42.0", True),
+    ("42", "042", True),
+    ("42", "$42$", True),
+    ("42", r"\(42\)", True),
+    ("42", r"\[ 42 \]", True),
+    ("42", "**42**", True),
+    ("42", r"\mathbf{42}", True),
+    ("42", r"\text{42}", True),
+    ("42", r"\boxed{42}", True),
+    ("42", r"\fbox{42}", True),
+    ("42", "(42)", True),
+    ("42", "{42}", True),
+    ("42", "４２", True),
+    ("42", "٤٢", True),
+    ("-42", "−42", True),
+    ("-42", "–42", True),
+    ("-42", "- 42", True),
+    ("-42", "-(42)", True),
+    ("42", "-42", False),
+    ("42", "--42", True),  # minus minus 42 is arithmetic
+    ("42", "4 2", False),
+    ("42", "24", False),
+    ("42", "421", False),
+    ("42", "4242", False),
+    ("42", "42.5", False),
+    ("42", "42.001", False),
+    ("42", "", False),
+    ("42", r"\,", False),
+    ("42", "{}", False),
+    ("0", "", False),
+    ("0", "0", True),
+    ("0", "-0", True),
+    ("0", "0.0", True),
+    ("0", "{}", False),
+    ("1", "0.999999999999", False),
+    ("1", "0.9999999999999999999999", False),
+    ("1", r"0.\overline{9}", True),
+    (r"\frac{1}{3}", r"0.\overline{3}", True),
+    ("12345678901234567890", "12345678901234567891", False),
+    ("12345678901234567890", "12345678901234567890", True),
+    ("9007199254740993", "9007199254740992", False),
+    # separators
+    ("1234", "1,234", True),
+    ("1234", "1{,}234", True),
+    ("1234", r"1,\!234", True),
+    ("14400", r"14\,400", True),
+    ("14400", "14 400", True),
+    ("1234567", "1,234,567", True),
+    ("1,234", "1234", True),
+    ("1234", "12,34", False),
+    ("1234", "1,23,4", False),
+    ("1234", "1, 234", False),
+    ("414", r"14\,400", False),
+    ("123", "1,23", False),
+    ("0.5", "0,5", False),
+    # fractions
+    (r"\frac{1}{2}", "1/2", True),
+    (r"\frac{1}{2}", "0.5", True),
+    (r"\frac{1}{2}", ".5", True),
+    (r"\frac{1}{2}", r"\frac12", True),
+    (r"\frac{1}{2}", r"\frac1{2}", True),
+    (r"\frac{1}{2}", r"\dfrac{2}{4}", True),
+    (r"\frac{1}{2}", r"\tfrac{1}{2}", True),
+    (r"\frac{1}{2}", "½", True),
+    (r"\frac{1}{2}", "50/100", True),
+    (r"\frac{1}{2}", "2/1", False),
+    (r"\frac{1}{2}", "12", False),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}", True),
+    (r"-\frac{1}{2}", r"\frac{1}{-2}", True),
+    (r"-\frac{1}{2}", r"-\frac{-1}{2}", False),
+    (r"\frac{1}{3}", "0.33", False),
+    (r"\frac{1}{3}", "0.3333333333", False),
+    (r"\frac{11}{2}", "1 1/2", False),
+    ("11/2", "1 1/2", False),
+    ("12", "1 2", False),
+    (r"\frac{3}{2}", r"1\frac{1}{2}", True),
+    (r"\frac{3}{2}", "1 1/2", True),
+    (r"\frac{3}{2}", "1½", True),
+    (r"\frac{1}{2}", r"1\frac{1}{2}", False),
+    (r"1\frac{1}{2}", "1.5", True),
+    (r"-1\frac{1}{2}", "-1.5", True),
+    (r"-1\frac{1}{2}", "-0.5", False),
+    ("0", r"\frac{0}{5}", True),
+    ("0", r"\frac{5}{0}", False),
+    ("1", r"\frac{0}{0}", False),
+    # scientific notation
+    ("0.000000354", "3.54e-07", True),
+    (r"3.54 \times 10^{-7}", "0.000000354", True),
+    ("3540", r"3.54 \cdot 10^3", True),
+    ("3540", r"3.54 × 10³", True),
+    ("3540", r"3.54e3", True),
+    ("3540", r"3.54e4", False),
+    ("1000000", "10^6", True),
+    ("1000000", "10^{6}", True),
+    ("1000000", "106", False),
+    # a gold with a decimal point: its printed digits
+    ("3.14", r"\pi", True),
+    ("3.14", "3.14159", True),
+    ("3.14", "3.1", False),
+    ("3.14", "3.15", False),
+    ("0.33", "1/3", True),
+    ("0.33", r"\frac{1}{3}", True),
+    ("0.0000672", "0.000067", False),
+    ("1.41", r"\sqrt{2}", True),
+    ("1.42", r"\sqrt{2}", False),
+    ("6.4", r"\frac{32}{5}", True),
+    (r"\pi", "3.14", False),
+    (r"\pi", "3.14159265358979", False),
+    (r"\sqrt{2}", "1.41421356", False),
+    # percent
+    (r"50\%", r"50\%", True),
+    (r"50\%", "50%", True),
+    (r"50\%", "50", True),
+    (r"50\%", "50 percent", True),
+    (r"50\%", r"50\text{ percent}", True),
+    (r"50\%", "0.5", False),
+    (r"50\%", r"\frac{1}{2}", False),
+    ("0.5", r"50\%", False),
+    ("50", r"50\%", False),
+    ("3", "300", False),
+    ("300", "3", False),
+    ("3", r"300\%", False),
+    # currency and units
+    ("5", r"\$5", True),
+    ("5", "$5", True),
+    ("5", r"\$5.00", True),
+    ("5", "5 dollars", True),
+    ("5", "€5", True),
+    (r"\$5", "5", True),
+    (r"\$5", r"5\text{ cents}", False),
+    (r"\$1,250", "1250", True),
+    ("5", r"5\text{ cm}", True),
+    ("5", r"5\,\mathrm{cm}", True),
+    ("5", r"5~\mathrm{m}", True),
+    ("5", "5 cm", True),
+    ("5", r"5\text{ cm}^2", True),
+    ("5", r"5 \text{ square units}", True),
+    ("5", r"5\text{ apples}", True),
+    ("5", "5 apples", True),
+    ("5", r"5\text{ m/s}", True),
+    (r"5\text{ cm}", "5", True),
+    (r"5\text{ cm}", "5 cm", True),
+    (r"5\text{ inches}", r"5\text{ in}", True),
+    (r"5\text{ cm}", r"5\text{ m}", False),
+    (r"5\text{ cm}^2", r"5\text{ cm}^3", False),
+    (r"3\text{ PM}", r"3\text{ AM}", False),
+    ("5", "5m", False),
+    ("5", "5 m", False),
+    ("5", "5x", False),
+    ("4t", "4", False),
+    ("4m", "4", False),
+    ("4s", "4", False),
+    ("4g", "4", False),
+    ("4h", "4", False),
+    ("4d", "4", False),
+    ("4l", "4", False),
+    ("4", "4t", False),
+    ("4", "4l", False),
+    ("42", r"42 \text{ is wrong, it is } 43", False),
+    ("43", r"42 \text{ is wrong, it is } 43", False),
+    ("42", r"42\text{ is wrong}", False),
+    ("42", r"\text{not } 42", False),
+    ("42", r"42 \text{ or more}", False),
+    ("3", r"3\text{ million}", False),
+    ("5", "5th", True),
+    # degrees
+    (r"60^\circ", "60", True),
+    ("60", r"60^\circ", True),
+    (r"60^\circ", r"60^{\circ}", True),
+    (r"60^\circ", "60°", True),
+    (r"60^\circ", r"60\text{ degrees}", True),
+    (r"60^\circ", "60 degrees", True),
+    (r"60^\circ", r"\frac{\pi}{3}", False),
+    (r"\frac{\pi}{3}", r"60^\circ", False),
+    (r"\frac{\pi}{3}", "60", False),
+    (r"\frac{1}{2}", r"\cos 60^\circ", True),
+    (r"\frac{1}{2}", r"\cos 60", False),
+    (r"1", r"\frac{180}{\pi}", False),
+    # other bases are compared as written
+    ("101_2", "101_2", True),
+    ("101_2", "101_{2}", True),
+    ("101_2", "101_3", False),
+    ("101_2", "5", False),
+    ("101_2", "101", False),
+    ("2516_8", "2516_{8}", True),
+    ("101", "101_2", False),
+    # `=` only as symbol = value
+    ("42", "x = 42", True),
+    ("42", "x_1 = 42", True),
+    ("42", r"\text{Area} = 42", True),
+    ("42", "f(2) = 42", True),
+    ("42", r"\angle ABC = 42^\circ", True),
+    ("42", r"x = 6 \cdot 7 = 42", True),
+    ("42", "1=42", False),
+    ("1", "1=42", False),
+    ("42", "x = 42 = 43", False),
+    ("42", "41 = 42", False),
+    ("42", "x = 41", False),
+    ("42", "x \\ne 42", False),
+    ("42", "x > 42", False),
+    ("42", r"x \approx 42", False),
+    ("42", "=42", False),
+    # arithmetic
+    ("42", "40 + 2", True),
+    ("42", r"6 \cdot 7", True),
+    ("42", r"6 \times 7", True),
+    ("42", "6*7", True),
+    ("42", "84/2", True),
+    ("1024", "2^{10}", True),
+    ("120", "5!", True),
+    ("252", r"\binom{10}{5}", True),
+    ("2", r"\sqrt{4}", True),
+    ("2", r"\sqrt[3]{8}", True),
+    ("85", "42(43)", False),
+    ("84", "42(2)", True),
+    ("42", r"42 \# 43", False),
+    ("42", "42 ? 43", False),
+    ("42", r"\frac{42}{43}", False),
+    ("42", r"42 \pmod{43}", False),
+    ("262537412640768744", r"e^{\pi\sqrt{163}}", False),
+    ("0", r"10^{-20}", False),
+    ("0", r"e^{-100}", False),
+]
+
+MORE = [
+    ("5000000", "5 million", True),
+    ("5000000", r"5\text{ million}", True),
+    (r"\$5,000,000", r"\$5\text{ million}", True),
+    ("3", "3 million", False),
+    ("3.14", r"\approx 3.14", True),
+    ("42", r"\approx 42", False),
+    ("1,2", "{1, 2}", True),
+    ("(1,2)", r"\{(1, 2)\}", True),
+    (r"(-\infty,0)\cup(0,\infty)", r"x \ne 0", True),
+    (r"(-\infty,0)\cup(0,\infty)", r"\mathbb{R} \setminus \{0\}", True),
+    (r"x \neq 0", r"(-\infty,0)\cup(0,\infty)", True),
+    (r"x \neq 1, 2", r"\mathbb{R} \setminus \{2, 1\}", True),
+    (r"x \neq 1", r"x \neq 2", False),
+    ("1", r"\gcd(n, p-1)", False),
+    ("3:2", "3 : 2", True),
+    ("3:2", "2:3", False),
+    ("3:2", "3", False),
+    (r"8:34 \text{ p.m.}", "8:34 PM", True),
+    (r"8:34 \text{ p.m.}", r"8:34\text{ a.m.}", False),
+    (r"\approx 8.24 \text{ mph}", "8.24", True),
+    ("a - b", "-a - b", False),
+    ("n - k", "n + k", False),
+    ("a, b, c", "a, b, C", False),
+    ("e", "E", False),
+    ("B", "(b)", True),
+    ("even", "-even", False),
+    ("sub-exponential", "sub+exponential", False),
+    (r"x \in [-2,7]", r"y \in [-2,7]", False),
+    (r"k \neq 1", r"r \neq 1", False),
+    (r"\text{two-thirds}", "two-thirds", True),
+    ("St. Mary", "st. mary", True),
+    ("1999^{1999}", "1999^{1999} + 1", False),
+    ("1999^{1999}", r"1999 \cdot 1999^{1998}", True),
+    (r"10^{300}\sqrt{2}", r"10^{300}\sqrt{2}+1", False),
+    (r"10^{300}\sqrt{2}", r"10^{299}\sqrt{200}", True),
+    (r"20\%", r"20\%\%", False),
+    ("A", "(A)^2", False),
+    (r"\text{(A)}", r"\text{(A)} + 1", False),
+    ("7", "7\\\\", True),
+    ("180-x", r"180^\circ - x", True),
+    ("6", r"\text{6 ways}", True),
+    ("6", r"\text{6 or 7}", False),
+    ("6", r"\text{6 is wrong}", False),
+    ("12", r"\text{12 cm}", True),
+    ("5x-7y+11z+4=0", "-5x+7y-11z-4=0", True),
+    ("8", "2^{3}=8", False),
+    ("4", r"\{4, 4\}", False),
+    ("No", "no", True),
+    ("no", "No", True),
+    ("yes", "Yes", True),
+    ("yes", "no", False),
+    ("Yes", "No", False),
+    ("x^2+y^2=1", "x^2+y^2-1=0", True),
+    ("p-q=0", "p=q", True),
+    ("10 inches", r"10.0\text{ inches}", True),
+    (r"\frac{7\pi}{4}", r"\frac{7}{4}\pi", True),
+    (r"\left(3, \frac{\pi}{2}\right)", r"(3,\pi/2)", True),
+    (r"\left(3, \frac{\pi}{2}\right)", r"(3,90^\circ)", False),
+    ("6-5i", "6+5i", False),
+    (r"\text{Evelyn}", "Evelyn", True),
+    ("x^{10}", "x^{1}0", False),
+    (r"\sqrt{x}", r"x^{1/2}", True),
+    ("0.10", ".1", True),
+    ("42", "42,", True),
+    (r"\frac{\sqrt{3}}{3}", r"\tan 30°", True),
+    (r"\frac{\sqrt{3}}{3}", r"\tan 30", False),
+    (r"-\frac{\sqrt{3}}{2}", r"\frac{-\sqrt{3}}{2}", True),
+    ("16", r"4^2", True),
+    ("16", "42", False),
+    ("2k", "k2", True),
+    ("k+1", "k", False),
+    ("1", "x^0", True),
+    ("n", "n!", False),
+    ("6", "3!", True),
+    ("720", "3!!", False),
+    ("0.333333", r"\frac{1}{3}", True),
+    ("0", r"\sin \pi", True),
+    ("0", r"\emptyset", False),
+    (r"\text{none}", "0", False),
+    ("100", "1e2", True),
+    ("100", "1E2", True),
+    ("100", "1e 2", False),
+    ("11", "1 1", False),
+    ("-3", r"\text{-3}", True),
+    ("3-2x", "-(2x-3)", True),
+    ("27", r"\sqrt[3]{19683}", True),
+    (r"2+\sqrt{3}", r"\sqrt{7+4\sqrt{3}}", True),
+    (r"2+\sqrt{3}", r"\frac{1}{2-\sqrt{3}}", True),
+    (r"2+\sqrt{3}", "3.732", False),
+    (r"2+\sqrt{3}", r"2-\sqrt{3}", False),
+]
+
+HEDGES = [
+    ("42", "41, 42", False),
+    ("42", "42, 43", False),
+    ("42", "42 or 43", False),
+    ("42", r"42 \text{ or } 43", False),
+    ("42", r"41 \text{ and } 42", False),
+    ("42", r"42 \lor 43", False),
+    ("42", "42; 43", False),
+    ("42", r"\{41, 42\}", False),
+    ("42", "(41, 42)", False),
+    ("42", r"[41, 42]", False),
+    ("42", r"x = 41, x = 42", False),
+    ("42", r"x = 41 \text{ or } x = 42", False),
+    ("42", r"\pm 42", False),
+    ("42", r"42 \quad 43", False),
+    ("42", r"42 \mid 43", False),
+    ("42", r"42 \Rightarrow 43", False),
+    ("42", r"41 \to 42", False),
+    ("42", r"41 < 42", False),
+    ("42", r"\begin{pmatrix} 41 \\ 42 \end{pmatrix}", False),
+    ("42", r"\text{42 or 43}", False),
+    ("A", r"\text{A or B}", False),
+    ("A", r"\text{A}, \text{B}", False),
+    ("A", "A, B", False),
+    ("A", r"\text{(A)} \text{ or } \text{(B)}", False),
+    ("A", "(A) or (B)", False),
+    ("yes", "yes or no", False),
+    (r"\text{even}", r"\text{even or odd}", False),
+    (r"\text{even}", r"\text{not even}", False),
+    ("1, 2", "1", False),
+    ("1, 2", "1, 2, 3", False),
+]
+
+STRUCTURES = [
+    # bare lists are not ordered, parenthesised ones are
+    ("1, 2", "2, 1", True),
+    ("1,2", r"1 \text{ and } 2", True),
+    ("1,2", "1 and 2", True),
+    ("1,2", r"\{2, 1\}", True),
+    ("1,2", "x = 1, x = 2", True),
+    ("1,2", r"x = 1 \text{ or } x = 2", True),
+    (r"x=1, y=2", "x=1, y=2", True),
+    (r"x=1, y=2", "y=2, x=1", True),
+    (r"x=1, y=2", "x=2, y=1", False),
+    (r"x=1, y=2", "(1, 2)", True),
+    (r"\{1,2\}", "1, 2", True),
+    (r"\{1,2\}", "(1, 2)", False),
+    (r"\{1,2,3\}", r"\{3,2,1\}", True),
+    (r"\{1,2,3\}", r"\{1,2\}", False),
+    ("3, -3", r"\pm 3", True),
+    (r"1 \pm \sqrt{2}", r"1+\sqrt{2}, 1-\sqrt{2}", True),
+    (r"1 \pm \sqrt{2}", r"1+\sqrt{2}", False),
+    ("(1,2)", "(1, 2)", True),
+    ("(1,2)", r"\left(1, 2\right)", True),
+    ("(1,2)", "(2, 1)", False),
+    ("(1,2)", "(1, 2, 3)", False),
+    ("(1,2)", r"(x, y) = (1, 2)", True),
+    ("(1,2)", r"\left(\frac{2}{2}, 2.0\right)", True),
+    ("(1,2)", "1", False),
+    ("(0,9),(9,0)", "(9,0),(0,9)", True),
+    ("(0,9),(9,0)", "(0,9),(0,9)", False),
+    ("(1,234)", "1234", False),
+    ("5", r"\{5\}", True),
+    # intervals
+    ("(1,2]", "(1, 2]", True),
+    ("(1,2]", "(1,2)", False),
+    ("[1,2]", "(1,2)", False),
+    ("(1,2)", "[1,2]", False),
+    ("[1,2)", "1 \\le x < 2", True),
+    ("[1,2)", "1 < x < 2", False),
+    ("1 \\leq x < 2", "[1,2)", True),
+    (r"(-\infty, 3)", "x < 3", True),
+    (r"(-\infty, 3)", "3 > x", True),
+    (r"(-\infty, 3)", r"x \le 3", False),
+    (r"(-\infty, 3)", r"(3, \infty)", False),
+    ("x > 3", "y > 3", False),
+    ("x > 3", "x > 3", True),
+    ("x > 3", r"x \geq 3", False),
+    (r"(-\infty,1)\cup(2,\infty)", r"(2,\infty) \cup (-\infty, 1)", True),
+    (r"(-\infty,1)\cup(2,\infty)", r"x < 1 \text{ or } x > 2", True),
+    (r"(-\infty,1)\cup(2,\infty)", r"(-\infty,1]\cup(2,\infty)", False),
+    (r"(-\infty,1)\cup(2,\infty)", r"(-\infty,1)", False),
+    (r"x \in [1,2]", "[1,2]", True),
+    (r"(-\infty,\infty)", r"\mathbb{R}", True),
+    (r"(-\infty,\infty)", "ℝ", True),
+    # matrices
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}", True),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}", False),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", False),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \end{pmatrix}", False),
+    (r"\begin{pmatrix} 1 \\ 1/2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ \frac12 \end{pmatrix}", True),
+    (r"\begin{pmatrix} -1 & 0 \\ 0 & 1 \end{pmatrix}", r"\begin{pmatrix} -1 & 0 \\ 0 & 2 \end{pmatrix}", False),
+    # equations
+    ("x = 9", "9", True),
+    ("x = 9", "x=9", True),
+    ("x = 9", "y = 9", False),
+    ("y = 2x + 3", "2x + 3", True),
+    ("y = 2x + 3", "y = 3 + 2x", True),
+    ("y = 2x + 3", "2x - y + 3 = 0", True),
+    ("y = 2x + 3", "y = 2x - 3", False),
+    ("2x + 3y = 6", "4x + 6y = 12", True),
+    ("2x + 3y = 6", "6 = 2x + 3y", True),
+    ("2x + 3y = 6", "2x + 3y = 7", False),
+    ("2x + 3y = 6", "6", False),
+    ("f(x) = x + 22", "x + 22", True),
+    # text
+    (r"\text{neither}", "neither", True),
+    (r"\text{neither}", "Neither", True),
+    (r"\text{neither}", r"\textbf{neither}", True),
+    (r"\text{neither}", "either", False),
+    (r"\text{Monday}", "Tuesday", False),
+    (r"\text{October 30}", "October 31", False),
+    ("Yes", r"\text{yes}.", True),
+    ("True", "False", False),
+    (r"\text{(B)}", "B", True),
+    ("B", "(B)", True),
+    ("B", r"\text{(B)}", True),
+    ("B", r"\textbf{(B) }", True),
+    ("B", "C", False),
+    ("B", r"\textbf{(B)}\ 12", True),
+    ("12", r"\textbf{(B)}\ 12", True),
+    (r"\text{A,C,F}", "A, C, F", True),
+]
+
+EXPRESSIONS = [
+    ("2x+3", "3+2x", True),
+    ("2x+3", "2y+3", False),
+    ("x", "X", False),
+    ("x", "-x", False),
+    ("x", "|x|", False),
+    ("|x|", "x", False),
+    (r"x^2-1", "(x-1)(x+1)", True),
+    (r"x^2-1", "(x-1)^2", False),
+    (r"(x+1)^{10}", "(1+x)^10", True),
+    (r"\sqrt{12}", r"2\sqrt{3}", True),
+    (r"\sqrt{12}", r"2\sqrt3", True),
+    (r"\sqrt{12}", "2√3", True),
+    (r"\sqrt{12}", "2*sqrt(3)", True),
+    (r"\sqrt{12}", r"3\sqrt{2}", False),
+    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", True),
+    (r"\frac{\sqrt{6}-\sqrt{2}}{4}", r"\sin 15^\circ", True),
+    (r"\frac{\pi}{4}", r"\pi/4", True),
+    (r"\frac{\pi}{4}", r"\frac14 \pi", True),
+    (r"\frac{\pi}{4}", r"\arctan 1", True),
+    (r"10\pi", "10π", True),
+    (r"10\pi", "31.4", False),
+    (r"e^{x}", r"\exp(x)", True),
+    (r"\ln 2", r"\log 2", False),
+    (r"\ln 6", r"\ln 2 + \ln 3", True),
+    (r"\log_2 8", "3", True),
+    (r"\sin^2 x + \cos^2 x", "1", True),
+    (r"2\sin x\cos x", r"\sin 2x", True),
+    (r"\frac{n(n+1)}{2}", r"\frac{n^2+n}{2}", True),
+    (r"\frac{n(n+1)}{2}", r"\frac{n(n-1)}{2}", False),
+    (r"\binom{n}{2}", r"\frac{n(n-1)}{2}", True),
+    (r"2^{n+1}", r"2 \cdot 2^n", True),
+    (r"2^{n+1}", r"2^n+1", False),
+    (r"3+4i", "4i+3", True),
+    (r"3+4i", "3-4i", False),
+    (r"3+4i", r"3+4\cdot i", True),
+    (r"e^{i\pi/3}", r"\frac{1+i\sqrt{3}}{2}", True),
+    (r"\frac{x}{2}", "0.5x", True),
+    (r"\frac{x}{2}", r"\frac{1}{2}x", True),
+    (r"x^{-1}", r"\frac{1}{x}", True),
+    (r"a_1 + a_2", "a_2 + a_1", True),
+    (r"a_1 + a_2", "a_1 + a_3", False),
+    (r"12\sqrt{3}", "12 3", False),
+    (r"\lfloor x \rfloor", r"\lceil x \rceil", False),
+    (r"\lfloor x/5 \rfloor", r"\lfloor x/7 \rfloor", False),
+    (r"f'(0)", "f(0)", False),
+    (r"10\pi \text{ cm}^2", r"10\pi", True),
+    (r"\infty", r"\infty", True),
+    (r"\infty", r"-\infty", False),
+    (r"\infty", "1", False),
+    (r"\int_0^1 x\,dx", r"\frac{1}{2}", True),
+    (r"\sum_{k=1}^{3} k^2", "14", True),
+    (r"\emptyset", r"\{\}", True),
+]
+
+
+def _ask(gold: str, answer: str) -> Verdict:
+    return verify(rf"Some work, then \boxed{{{answer}}}", gold)
+
+
+@pytest.mark.parametrize(("gold", "answer", "pays"), NUMBERS + MORE + HEDGES + STRUCTURES + EXPRESSIONS)
+def test_policy(gold: str, answer: str, pays: bool) -> None:
+    verdict = _ask(gold, answer)
+    assert verdict.reward == float(pays), verdict
+    assert (verdict.status == "correct") == pays
+
+
+@pytest.mark.parametrize("gold", ["", "   ", "\n"])
+def test_empty_gold_never_pays(gold: str) -> None:
+    for answer in ("", " ", "42", "{}"):
+        assert _ask(gold, answer).reward == 0.0
+    assert _ask(gold, "42").status == "unparsable_gold"
+
+
+EXTRACTION = [
+    (r"\boxed{41} and then \boxed{42}", "42"),
+    (r"\boxed{42}, but actually \boxed{41}", "41"),
+    (r"\boxed {42}", "42"),
+    ("\\boxed\n{42}", "42"),
+    (r"\boxed 42", "42"),
+    (r"\fbox{42}", "42"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{42}. So \boxed{43", "42"),  # the last box that closes
+    (r"\boxed{42} \boxed{}", None),  # the last box wins, and it is empty
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{1} </think> nothing", None),
+    (r"<think>\boxed{1}</think> \boxed{2}", "2"),
+    (r"\boxed{1}</think></think> \boxed{2}", "2"),
+    (r"\boxed{2} <think>\boxed{1}", "1"),
+    (r"\boxed{7}" + "x" * 70_000, None),  # outside the last 64 KB
+    ("x" * 70_000 + r"\boxed{7}", "7"),
+    (r"\boxed{" + "1" * 2_001 + "}", None),
+    (r"\boxed{7}" + r"\boxed{" * 15, "7"),
+    (r"\boxed{7}" + r"\boxed{" * 16, None),  # at most 16 tries
+    ("Answer: 42", "42"),
+    ("Answer: $42$.", "42"),
+    ("**Answer:** 42", "42"),
+    ("**Answer**: 42", "42"),
+    ("Final Answer: The final answer is $42$. I hope it is correct.", "42"),
+    ("Answer: 41\nWait.\nAnswer: 42", "42"),
+    ("Answer:\n42", "42"),
+    ("The answer: 42", "42"),
+    ("ANSWER: 42", "42"),
+    (r"Answer: \boxed{42}", "42"),
+    ("Answer: 41\n" + r"\boxed{42}", "42"),
+    ("so 6*7 = 42\n#### 42", "42"),
+    ("#### 1,234", "1,234"),
+    ("The final answer is 42.", "42"),
+    ("The final answer is: 42", "42"),
+    ("The final answer is $3.5$.", "3.5"),
+    ("The final answer is 3.5. Done.", "3.5"),
+    ("It is 42", None),
+    ("I like 42 boxes", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), EXTRACTION)
+def test_extraction(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+    assert (verify(text, "42").status == "no_answer") == (answer is None)
+
+
+def test_bare_number_only_by_option() -> None:
+    text = "We get 6 * 7 = 42"
+    assert verify(text, "42").status == "no_answer"
+    assert verify(text, "42", bare_number=True).reward == 1.0
+    assert verify(text, "6", bare_number=True).reward == 0.0
+
+
+def test_verified_separates_wrong_from_unknown() -> None:
+    assert verify(r"\boxed{41}", "42").verified
+    assert verify("nothing", "42").verified
+    assert not verify(r"\boxed{41}", "").verified
+    assert not verify(rf"\boxed{{{SLOW}}}", "42").verified
+
+
+SLOW = r"\int_0^1 \frac{\sin(x^{x^x})}{\ln(1+x^5)} dx"
+
+
+def test_deadline_holds_in_process() -> None:
+    verify(r"\boxed{x+x}", "2x")
+    start = time.monotonic()
+    assert verify(rf"\boxed{{{SLOW}}}", "42").status == "timeout"
+    assert time.monotonic() - start < 1.5
+    assert verify(r"\boxed{x+x+x}", "3x").reward == 1.0  # the killed worker was replaced
+
+
+def test_verify_from_threads() -> None:
+    with ThreadPoolExecutor(8) as threads:
+        verdicts = list(threads.map(lambda i: verify(rf"\boxed{{\sqrt{{2}} + {i}}}", rf"{i} + \sqrt{{2}}"), range(64)))
+    assert all(verdict.reward == 1.0 for verdict in verdicts)
+
+
+def test_verify_after_fork() -> None:
+    verify(r"\boxed{x+x}", "2x")
+    pid = os.fork()
+    if pid == 0:
+        os._exit(int(verify(r"\boxed{\sqrt{8}}", r"2\sqrt{2}").reward))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert verify(r"\boxed{\sqrt{8}}", r"2\sqrt{2}").reward == 1.0
+
+
+def test_import_starts_nothing() -> None:
+    code = (
+        "import sys, threading, reward_server\n"
+        "assert reward_server.verify(r'\\boxed{42}', '42').reward == 1.0\n"
+        "assert not {'torch', 'ray', 'sympy', 'uvicorn', 'vllm'} & set(sys.modules)\n"
+        "assert threading.active_count() == 1 and reward_server._pool is None"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=20)
+
+
+def test_script_without_main_guard(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from reward_server import verify\nprint(verify(r'\\boxed{\\sqrt{8}}', r'2\\sqrt{2}').reward)\n")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=20, env=env, check=True)
+    assert done.stdout == "1.0\n"
+
+
+def test_exact_tier_is_quick_on_hostile_text() -> None:
+    for name, text in HOSTILE.items():
+        best = 1.0
+        for _attempt in range(3):
+            start = time.perf_counter()
+            exact_verdict(text, "42")
+            best = min(best, time.perf_counter() - start)
+        assert best < 0.02, name  # runs on the event loop
+
+
+_PIECES = st.sampled_from(
+    re.findall(
+        r"[^ ]+",
+        r"\boxed{ } { ( ) [ ] \frac \sqrt \text{ \left \right \pm \cup \{ \} , ; = < > \le ^ _ ! ° "
+        r"% $ | & \\ - + . / ' \,"
+        r" 1 2 0 42 x i e \pi \infty \begin{pmatrix} \end{pmatrix} and or million cm \circ \cdot \times 1,000 e5 "
+        "Answer: #### </think> ½ − √ \x00 \n",
+    )
+)
+_MATH = st.lists(_PIECES | st.text(max_size=3), max_size=30).map("".join)
+
+
+@settings(max_examples=1_500, deadline=None)
+@given(text=st.text(max_size=200) | _MATH, gold=st.text(max_size=40) | _MATH | st.just("42"))
+def test_fuzz_exact_tier(text: str, gold: str) -> None:
+    verdict = exact_verdict(rf"\boxed{{{text}}}", gold)
+    assert isinstance(verdict, (Verdict, tuple))
+    exact_verdict(text, gold)
+    assert len(extract_answer(text) or "") <= 2_000
+    assert isinstance(normalise(text), str)
+    number = parse_number(normalise(text))
+    assert number is None or number.value.denominator > 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=st.fractions(max_denominator=10**6), other=st.fractions(max_denominator=10**6))
+def test_fuzz_fractions_are_exact(value, other) -> None:
+    n, d = value.numerator, value.denominator
+    assert _ask(f"{n}/{d}", rf"\frac{{{3 * n}}}{{{3 * d}}}").reward == 1.0
+    assert _ask(f"{n}/{d}", f"{other.numerator}/{other.denominator}").reward == float(value == other)
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=st.integers(-(10**15), 10**15))
+def test_fuzz_spellings_of_integers(value: int) -> None:
+    spellings = [
+        f"{value:,}",
+        f"{value:,}".replace(",", r"\,"),
+        f"{value:,}".replace(",", "{,}"),
+        f"${value}$",
+        f"{value}.0",
+    ]
+    for spelling in [*spellings, f"x = {value}", rf"\text{{{value}}}", f"{value} cm", str(value).replace("-", "−")]:
+        assert _ask(str(value), spelling).reward == 1.0, spelling
+    for wrong in (str(value + 1), f"{value}1", f"{value}.5", f"{value}, {value + 1}", rf"{value}\%", f"{value}+x"):
+        assert _ask(str(value), wrong).reward == 0.0, wrong
+
+
+@pytest.mark.skipif(not VARIANTS.exists(), reason="../shared/data/verifier/variants.jsonl is not on this machine")
+def test_variants() -> None:
+    rows = [json.loads(line) for line in VARIANTS.read_text().splitlines()]
+    paid = [_ask(row["gold"], row["pred_answer"]).reward == 1.0 for row in rows]
+    false_positives = [row for row, pays in zip(rows, paid, strict=True) if pays and not row["expected"]]
+    right = sum(row["expected"] == pays for row, pays in zip(rows, paid, strict=True))
+    assert false_positives == []
+    assert right / len(rows) >= 0.997

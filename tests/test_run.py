@@ -116,7 +116,7 @@ def test_no_secret_is_written(short_run):
 def test_checkpoints_kept_and_complete(short_run):
     """The best by validation accuracy and the latest; no half-written folder; plain Hugging Face inside."""
     folder, _ = short_run
-    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name != ".lock")
     accuracy = {m["step"]: m.get("val:accuracy", -1) for m in read(folder / "logs" / "metrics.jsonl") if m["step"]}
     best = max(accuracy, key=lambda step: (accuracy[step], step))
     assert kept == sorted({f"step_{best}", "step_3"})

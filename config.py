@@ -128,8 +128,14 @@ class VllmCfg:
 
 
 @dataclass
+class Resources:
+    gpus_per_node: int | None = key(None, "GPUs of each node for engines alone, when they are not colocated")
+
+
+@dataclass
 class Colocated:
-    enabled: bool = key(True, "engines share the policy's GPUs")
+    enabled: bool = key(True, "engines share the policy's GPUs; false: they have resources of their own")
+    resources: Resources = key(Resources, "what is theirs then")
     sleep: bool = key(True, "engines give up weights and KV memory while the policy trains")
 
 
@@ -139,6 +145,7 @@ class Generation:
     temperature: float = key(1.0, "sampling temperature; the trainer uses the same")
     top_p: float = key(1.0, "must be 1 in training: truncated sampling biases the ratios")
     top_k: int | None = key(None, "must be null in training, as above")
+    engines_per_gpu: int = key(1, "several help small models, whose engine is bound by Python, not by the GPU")
     vllm_cfg: VllmCfg = key(VllmCfg, "the vLLM engine")
     colocated: Colocated = key(Colocated, "where the engines live")
 
@@ -230,8 +237,32 @@ class Config:
         return "cuda" if self.cluster.gpus_per_node else "cpu"
 
     @property
+    def bundles_per_node(self) -> int:
+        """GPUs of a node (on the CPU: ranks); each is one bundle of the placement group, counted over the nodes."""
+        return self.cluster.gpus_per_node or self.cluster.cpu_ranks_per_node
+
+    @property
+    def num_bundles(self) -> int:
+        return self.cluster.num_nodes * self.bundles_per_node
+
+    @property
+    def policy_bundles(self) -> list[int]:
+        """The bundle of each policy rank: all of them, or the first ones of each node where engines are apart."""
+        colocated = self.policy.generation.colocated
+        theirs = 0 if colocated.enabled else colocated.resources.gpus_per_node or 0
+        return [b for b in range(self.num_bundles) if b % self.bundles_per_node < self.bundles_per_node - theirs]
+
+    @property
+    def engine_bundles(self) -> list[int]:
+        """The bundle of each engine."""
+        gen, policy = self.policy.generation, self.policy_bundles
+        own = policy if gen.colocated.enabled else [b for b in range(self.num_bundles) if b not in policy]
+        return [b for b in own for _ in range(gen.engines_per_gpu)]
+
+    @property
     def world_size(self) -> int:
-        return self.cluster.num_nodes * (self.cluster.gpus_per_node or self.cluster.cpu_ranks_per_node)
+        """Policy ranks."""
+        return len(self.policy_bundles)
 
 
 OmegaConf.register_resolver("mul", lambda a, b: a * b, replace=True)
@@ -334,6 +365,7 @@ def check(cfg: Config) -> None:
         "policy.max_total_sequence_length": p.max_total_sequence_length,
         "policy.dtensor_cfg.tensor_parallel_size": tp,
         "policy.generation.max_new_tokens": gen.max_new_tokens,
+        "policy.generation.engines_per_gpu": gen.engines_per_gpu,
         "policy.generation.temperature": gen.temperature,
         "loss_fn.dr_grpo_length": loss.dr_grpo_length,
         "checkpointing.save_period": cfg.checkpointing.save_period,
@@ -370,7 +402,7 @@ def check(cfg: Config) -> None:
         ),
         (
             cfg.world_size % tp == 0,
-            f"policy.dtensor_cfg.tensor_parallel_size={tp} does not divide the {cfg.world_size} ranks of "
+            f"policy.dtensor_cfg.tensor_parallel_size={tp} does not divide the {cfg.world_size} policy ranks of "
             "cluster.num_nodes x gpus_per_node",
         ),
         (
@@ -378,8 +410,18 @@ def check(cfg: Config) -> None:
             "policy.generation.vllm_cfg.tensor_parallel_size must be 1: engines are data-parallel, one per GPU",
         ),
         (
-            gen.colocated.enabled,
-            "policy.generation.colocated.enabled=false is not supported yet: engines share the policy's GPUs",
+            gen.colocated.enabled or 0 < (gen.colocated.resources.gpus_per_node or 0) < cfg.bundles_per_node,
+            f"policy.generation.colocated.enabled=false needs colocated.resources.gpus_per_node above 0 and below the "
+            f"{cfg.bundles_per_node} of each node: that many are for engines, the rest for the policy",
+        ),
+        (
+            gen.colocated.enabled is False or gen.colocated.resources.gpus_per_node is None,
+            "policy.generation.colocated.resources.gpus_per_node needs colocated.enabled=false",
+        ),
+        (
+            gen.engines_per_gpu == 1 or gen.vllm_cfg.kv_cache_memory_bytes is not None,
+            f"policy.generation.engines_per_gpu={gen.engines_per_gpu} needs vllm_cfg.kv_cache_memory_bytes: engines "
+            "that share a GPU cannot measure what is free",
         ),
         (
             loss.ratio_clip_c is None or loss.ratio_clip_c > 1,

@@ -101,17 +101,17 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
         ray.init(address="auto", runtime_env=env, log_to_driver=False)
     else:
         ray.init(
-            num_cpus=max(os.cpu_count() or 1, cfg.world_size), include_dashboard=False, log_to_driver=False,
+            num_cpus=max(os.cpu_count() or 1, cfg.num_bundles), include_dashboard=False, log_to_driver=False,
             runtime_env=env, logging_level="error",
         )  # fmt: skip
     stop.listen()  # again: ray.init put in a handler that would print a native stack trace and skip our clean-up
     bundle = {"CPU": 1, "GPU": 1} if cfg.device == "cuda" else {"CPU": 1}
-    placement = ray.util.placement_group([bundle] * cfg.world_size, strategy="PACK")
+    placement = ray.util.placement_group([bundle] * cfg.num_bundles, strategy="PACK")
     if not placement.wait(timeout_seconds=min(60.0, cfg.cluster.timeout_s)):
         have = {k: v for k, v in ray.cluster_resources().items() if k in bundle}
         raise RunError(
             f"cluster.num_nodes={cfg.cluster.num_nodes} x gpus_per_node={cfg.cluster.gpus_per_node} asks for "
-            f"{cfg.world_size} x {bundle}, Ray offers {have}; correct these keys or add machines"
+            f"{cfg.num_bundles} x {bundle}, Ray offers {have}; correct these keys or add machines"
         )
     return placement
 

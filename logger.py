@@ -22,7 +22,7 @@ class Logger:
         """`resumed_step`: the run continues after it; rows of later steps, which will be run again, are dropped."""
         self.cfg, self.dir = cfg.logger, Path(cfg.logger.log_dir)
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.num_gpus = max(1, cfg.world_size)
+        self.num_gpus = cfg.num_bundles
         self.metrics_file, self.rollouts_file = (
             open_rows(self.dir / name, resumed_step) for name in ("metrics.jsonl", "rollouts.jsonl")
         )

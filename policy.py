@@ -28,14 +28,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from config import Config, PolicyCfg
+from refit import Layout, Route, WeightSender, broadcast_group, full
 
 HEAD_CHUNK = 4096  # response tokens per slice of the LM head: bounds the [T, vocabulary] float32 logits
-REFIT_BUCKET_BYTES = 2**30
 
 
 # ---------------------------------------------------------------- packing
@@ -310,7 +309,6 @@ class PolicyWorker:
         self.keep_reference = keep_reference
         self.device = torch.device(device)
         self.steps_done = 0
-        self._export = self._ipc_buffer = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
 
@@ -342,6 +340,8 @@ class PolicyWorker:
             weight_decay=o.weight_decay,
             fused=True,
         )
+        weights = dict(self.model.lm.named_parameters())  # a tied head appears once, under the embedding's name
+        self.sender = WeightSender(weights, getattr(torch, self.cfg.precision), self.device, self.rank)
         self.reference = [w.cpu().clone() for w in self._local_weights()] if self.keep_reference else None
         return sum(p.numel() for p in self.model.parameters())
 
@@ -421,45 +421,19 @@ class PolicyWorker:
 
     # ---- weights out
 
-    def _full_weights(self) -> Any:
-        """(Hugging Face name, whole tensor) of every parameter. A collective: all ranks must iterate to the end."""
-        for name, p in self.model.lm.named_parameters():  # a tied head appears once, under the embedding's name
-            yield name, p.full_tensor() if isinstance(p, DTensor) else p.data
+    def weight_layout(self) -> Layout:
+        return self.sender.layout
 
-    def next_weight_bucket(self) -> dict[str, Any] | None:
-        """The next part of the weights, in the compute precision, for the engines; None after the last.
+    def join_broadcast(self, address: str, rank: int, size: int) -> None:
+        """Meet the engines that have GPUs of their own; called on rank 0 only."""
+        self.sender.group = broadcast_group(address, rank, size, self.device, self.timeout_s)
 
-        On a GPU it is a CUDA IPC handle of one flat buffer, valid until the next call, and goes to the engine on the
-        same device. On the CPU rank 0 hands out the bytes themselves, which travel through Ray's object store.
-        """
-        if self._export is None:
-            self._export = self._weight_buckets()
-        bucket = next(self._export, None)
-        if bucket is None:
-            self._export = self._ipc_buffer = None
-        return bucket
+    def weight_bucket(self, index: int, by: Route) -> Any:
+        """Bucket `index` of the weights on its way to the engines, see refit.py. All ranks must call it alike."""
+        return self.sender.bucket(index, by)
 
-    @torch.no_grad()
-    def _weight_buckets(self) -> Any:
-        dtype = getattr(torch, self.cfg.precision)
-        parts, size = [], 0
-        for name, tensor in self._full_weights():
-            parts.append((name, tensor.to(self.device, dtype)))
-            size += tensor.numel() * dtype.itemsize
-            if size >= REFIT_BUCKET_BYTES:
-                yield self._send(parts)
-                parts, size = [], 0
-        if parts:
-            yield self._send(parts)
-
-    def _send(self, parts: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-        message = {"shapes": [(name, tuple(t.shape)) for name, t in parts], "dtype": self.cfg.precision}
-        flat = torch.cat([t.reshape(-1) for _, t in parts])
-        if self.device.type == "cpu":
-            return message | ({"bytes": flat.view(torch.uint8).numpy()} if self.rank == 0 else {})
-        self._ipc_buffer = flat  # kept alive while the engine reads it
-        torch.cuda.synchronize()
-        return message | {"ipc": reduce_tensor(flat)[1]}
+    def release_weight_bucket(self) -> None:
+        self.sender.release()
 
     # ---- checkpoints
 
@@ -485,9 +459,10 @@ class PolicyWorker:
             raise FileNotFoundError(f"rank {self.rank} does not see {folder}: all nodes must share that folder")
         state = BlockingAsyncStager().stage(self._training_state())
         weights = {}
-        for name, tensor in self._full_weights():
+        for name, p in self.sender.weights.items():
+            tensor = full(p)
             if self.rank == 0:
-                weights[name] = tensor.to("cpu", getattr(torch, self.cfg.precision), copy=True)
+                weights[name] = tensor.to("cpu", self.sender.dtype, copy=True)
         self._writing = self._writer.submit(self._write, folder, state, weights, publish)
 
     def _write(self, folder: str, state: dict, weights: dict, publish: Callable[[], None]) -> tuple[str | None, float]:
@@ -595,11 +570,11 @@ class Policy:
         self.workers = [
             actor.options(
                 num_cpus=0,
-                num_gpus=0.5 if gpu else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank),
+                num_gpus=(0.5 if cfg.policy.generation.colocated.enabled else 1.0) if gpu else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
                 runtime_env={"env_vars": {} if gpu else {"OMP_NUM_THREADS": threads}},
             ).remote(cfg.policy, rank, cfg.world_size, cfg.device, self.timeout_s, keep_reference)
-            for rank in range(cfg.world_size)
+            for rank, bundle in enumerate(cfg.policy_bundles)
         ]
 
     def start(self) -> list[Any]:

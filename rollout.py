@@ -14,6 +14,7 @@ import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from config import Config, PolicyCfg
+from refit import Layout, Link, Route, WeightReceiver, broadcast_group, route
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Group:
 class RolloutWorker:
     """One vLLM engine; a Ray actor in training, usable directly in tests and in evaluate.py."""
 
-    def __init__(self, cfg: PolicyCfg, seed: int, device: str, model_name: str | None = None):
+    def __init__(self, cfg: PolicyCfg, seed: int, device: str, model_name: str | None = None, timeout_s: float = 600.0):
         """`model_name`: load these weights; without it the engine starts with random ones and waits for a refit."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -44,7 +45,7 @@ class RolloutWorker:
             use_float32_logits()
         generation = cfg.generation
         v = generation.vllm_cfg
-        self.cfg, self.device = cfg, device
+        self.cfg, self.device, self.timeout_s = cfg, device, timeout_s
         self.llm = LLM(
             model=model_name or cfg.model_name,
             load_format="auto" if model_name else "dummy",
@@ -56,7 +57,7 @@ class RolloutWorker:
             gpu_memory_utilization=v.gpu_memory_utilization,
             kv_cache_memory_bytes=v.kv_cache_memory_bytes,
             enforce_eager=v.enforce_eager,
-            enable_sleep_mode=device == "cuda" and generation.colocated.sleep,
+            enable_sleep_mode=device == "cuda" and generation.colocated.enabled and generation.colocated.sleep,
             logprobs_mode="processed_logprobs",  # after temperature, like the trainer's
             disable_log_stats=True,
         )
@@ -104,22 +105,22 @@ class RolloutWorker:
             finish_reasons=[o.finish_reason for o in answers],
         )
 
-    def load_weight_bucket(self, bucket: dict[str, Any] | None) -> bool:
-        """Copy one bucket of `PolicyWorker.next_weight_bucket` into the engine. False when there was none left."""
-        if bucket is None:
-            return False
-        if "ipc" in bucket:
-            from torch.multiprocessing.reductions import rebuild_cuda_tensor
+    def expect_weights(self, layout: Layout) -> None:
+        """Told once, before the first refit: how the policy's weights are split into buckets."""
+        dtype, device = getattr(torch, self.cfg.precision), torch.device(self.device)
 
-            flat = rebuild_cuda_tensor(*bucket["ipc"])
-        else:
-            flat = torch.from_numpy(bucket["bytes"].copy()).view(getattr(torch, bucket["dtype"]))
-        sizes = [int(np.prod(shape)) for _, shape in bucket["shapes"]]
-        weights = [(n, t.view(s)) for (n, s), t in zip(bucket["shapes"], flat.split(sizes), strict=True)]
-        self.llm.apply_model(lambda model: model.load_weights(weights))
-        if self.device == "cuda":
-            torch.cuda.synchronize()  # the sender reuses its buffer once we return
-        return True
+        def load(weights: list[tuple[str, torch.Tensor]]) -> None:
+            self.llm.apply_model(lambda model: model.load_weights(weights))
+
+        self.receiver = WeightReceiver(layout, dtype, device, load)
+
+    def join_broadcast(self, address: str, rank: int, size: int) -> None:
+        """Meet the policy's rank 0 and the other engines."""
+        self.receiver.group = broadcast_group(address, rank, size, self.receiver.device, self.timeout_s)
+
+    def load_weight_bucket(self, index: int, message: Any, by: Route) -> None:
+        """Copy one bucket of `PolicyWorker.weight_bucket` into the engine."""
+        self.receiver.load(index, message, by)
 
     def reset_prefix_cache(self) -> None:
         """Forget keys and values computed under older weights."""
@@ -154,19 +155,22 @@ class RolloutEngines:
 
     def __init__(self, cfg: Config, placement: Any):
         self.cfg, self.timeout_s = cfg, cfg.cluster.timeout_s
-        self.sleeps = cfg.device == "cuda" and cfg.policy.generation.colocated.sleep
-        gpu = cfg.device == "cuda"
-        actor = ray.remote(RolloutWorker)
+        colocated, gpu = cfg.policy.generation.colocated, cfg.device == "cuda"
+        self.sleeps = gpu and colocated.enabled and colocated.sleep
+        self.route = route(cfg.device, colocated.enabled)
+        self.link: Link | None = None
+        share = (0.5 if colocated.enabled else 1.0) / cfg.policy.generation.engines_per_gpu
         threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
         cpu_env = {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        actor = ray.remote(RolloutWorker)
         self.workers = [
             actor.options(
                 num_cpus=0,
-                num_gpus=0.5 if gpu else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=i),
+                num_gpus=share if gpu else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
                 runtime_env={"env_vars": {} if gpu else cpu_env},
-            ).remote(cfg.policy, cfg.grpo.seed + i, cfg.device)
-            for i in range(cfg.world_size)
+            ).remote(cfg.policy, cfg.grpo.seed + i, cfg.device, timeout_s=self.timeout_s)
+            for i, bundle in enumerate(cfg.engine_bundles)
         ]
 
     def start(self) -> list[Any]:
@@ -207,17 +211,17 @@ class RolloutEngines:
         if self.sleeps:
             self._all("sleep")
 
-    def refit(self, policy_workers: list[Any]) -> None:
+    def connect(self, policy_workers: list[Any]) -> None:
+        """Once both sides are loaded: agree on how weights travel."""
+        rank_at = {bundle: rank for rank, bundle in enumerate(self.cfg.policy_bundles)}
+        beside = [rank_at.get(bundle, 0) for bundle in self.cfg.engine_bundles]
+        self.link = Link(policy_workers, self.workers, beside, self.route, self.timeout_s)
+
+    def refit(self) -> None:
         """Bring the policy's weights into every engine, wake the KV memory, and forget cached prefixes."""
         if self.sleeps:
             self._all("wake_up", "weights")
-        more = True
-        while more:
-            buckets = [w.next_weight_bucket.remote() for w in policy_workers]
-            if self.cfg.device == "cpu":
-                buckets = buckets[:1] * len(self.workers)
-            loads = [w.load_weight_bucket.remote(b) for w, b in zip(self.workers, buckets, strict=True)]
-            more = any(ray.get(loads, timeout=self.timeout_s))
+        self.link.refit()
         if self.sleeps:
             self._all("wake_up", "kv_cache")
         self._all("reset_prefix_cache")

@@ -477,7 +477,8 @@ def train(cfg: Config) -> None:
                 dict(last.exceeded),
             )  # fmt: skip
             checkpoints.restore(policy)
-            engines.refit(policy.workers)
+            engines.connect(policy.workers)
+            engines.refit()
         except BaseException:
             rewards.close()
             raise
@@ -523,7 +524,7 @@ def train_step(run: Run, rows: Rows, val_rows: Rows | None, step: int, last_step
         metrics = update(run, samples, advantages_S)
     # 7. Refit: the new weights into the engines
     with run.log.phase("refit"):
-        run.engines.refit(run.policy.workers)
+        run.engines.refit()
     # 8. Log, validate, checkpoint
     metrics |= rollout_metrics(drawn) | run.policy.memory()
     if val_rows and g.val_period and (step % g.val_period == 0 or step == last_step):

@@ -15,6 +15,7 @@ from conftest import ROOT
 
 from config import load_config
 from policy import MicroBatch, PolicyWorker, Sequences
+from refit import full
 from train_grpo import grpo_loss
 
 pytestmark = pytest.mark.slow
@@ -49,6 +50,10 @@ def free_address() -> str:
         return f"127.0.0.1:{s.getsockname()[1]}"
 
 
+def full_weights(worker: PolicyWorker):
+    return ((name, full(p)) for name, p in worker.sender.weights.items())
+
+
 def rank_main(rank, world_size, address, cfg, batch, steps, folder):
     """One rank: `steps` updates; rank 0 reports metrics, weights, and all ranks' log-probabilities of their share."""
     torch.set_num_threads(1)
@@ -56,7 +61,7 @@ def rank_main(rank, world_size, address, cfg, batch, steps, folder):
     worker.setup(address)
     kwargs = {"cfg": cfg.loss_fn, **counts(batch)}
     metrics = [worker.update(batch, grpo_loss, kwargs) for _ in range(steps)]
-    weights = {name: tensor.detach().clone().numpy() for name, tensor in worker._full_weights()}
+    weights = {name: tensor.detach().clone().numpy() for name, tensor in full_weights(worker)}
     after, reference = worker.logprobs(batch), worker.logprobs(batch, reference=True)
     torch.save((metrics, weights if rank == 0 else None, after, reference), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
@@ -196,7 +201,7 @@ def test_saved_folder_is_plain_hugging_face(config, tmp_path):
         (tmp_path / "saved").mkdir()
         worker.save(str(tmp_path / "saved"), lambda: None)
         assert worker.wait_saved()[0] is None
-        weights = {name: t.detach().clone() for name, t in worker._full_weights()}
+        weights = {name: t.detach().clone() for name, t in full_weights(worker)}
     finally:
         torch.distributed.destroy_process_group()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

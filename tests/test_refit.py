@@ -26,7 +26,8 @@ def pair(request, quickstart_overrides):
         placement = start_ray(cfg, StopRequests(None))
         policy, engines = Policy(cfg, placement), RolloutEngines(cfg, placement)
         ray.get(policy.start() + engines.start(), timeout=cfg.cluster.timeout_s)
-        engines.refit(policy.workers)
+        engines.connect(policy.workers)
+        engines.refit()
         started.append(engines)
         return cfg, policy, engines
 
@@ -62,17 +63,25 @@ def mismatch(policy: Policy, batch: Sequences) -> tuple[float, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", [0, GPU])
-@pytest.mark.parametrize("options", ["tied", "untied", "temperature", "long prompts", SLEEP])
-def test_engine_agrees_with_policy_after_refit(pair, gpus, options, untied_model):
-    """Also with a head tied to the embeddings, at another temperature, with prompts whose keys and values vLLM had
-    cached under older weights, and after vLLM gave its memory away."""
+@pytest.mark.parametrize("setting", ["tied", "untied", "apart", SLEEP])
+def test_engine_agrees_with_policy_after_refit(pair, gpus, setting, untied_model):
+    """Also with a head tied to the embeddings or not, at another temperature, with prompts whose keys and values vLLM
+    had cached under older weights, with two engines on a device of their own (weights over NCCL or gloo), and after
+    vLLM gave its memory away."""
     overrides = [f"cluster.gpus_per_node={gpus}", "policy.optimizer.lr=0.02"]
     overrides += ["policy.precision=bfloat16"] if gpus else []
-    overrides += [f"policy.model_name={untied_model}"] if options == "untied" else []
-    overrides += ["policy.generation.temperature=0.7"] if options == "temperature" else []
-    overrides += [f"policy.generation.colocated.sleep={options == 'sleep'}"]
-    prompts = LONG if options == "long prompts" else SHORT
     overrides += ["policy.max_total_sequence_length=256", "policy.sequence_packing.train_mb_tokens=8192"]
+    overrides += {
+        "tied": [],
+        "untied": [f"policy.model_name={untied_model}", "policy.generation.temperature=0.7"],
+        "apart": [
+            f"cluster.gpus_per_node={2 * gpus}", "cluster.cpu_ranks_per_node=2", "policy.generation.engines_per_gpu=2",
+            "policy.generation.colocated.enabled=false", "policy.generation.colocated.resources.gpus_per_node=1",
+        ],
+        "sleep": [],
+    }[setting]  # fmt: skip
+    overrides += [f"policy.generation.colocated.sleep={setting == 'sleep'}"]
+    prompts = LONG if setting == "tied" else SHORT
     cfg, policy, engines = pair(*overrides)
     before = sample(engines, 1, prompts)
     stale = None
@@ -84,7 +93,7 @@ def test_engine_agrees_with_policy_after_refit(pair, gpus, options, untied_model
         engines.sleep()
         policy.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts})
         stale = mismatch(policy, before)[0]
-        engines.refit(policy.workers)
+        engines.refit()
     assert stale > 0.05  # the update did move the weights, so agreement is the refit's work
 
 

@@ -19,6 +19,11 @@ class RunError(RuntimeError):
     """Something outside the code stopped the run. The message is one line for the user."""
 
 
+OUT_OF_MEMORY_ADVICE = (
+    "lower policy.sequence_packing.train_mb_tokens (activations) or policy.generation.vllm_cfg.gpu_memory_utilization "
+    "(KV cache), or set policy.dtensor_cfg.activation_checkpointing, policy.dtensor_cfg.reshard_after_forward, "
+    "policy.generation.colocated.sleep or policy.dtensor_cfg.cpu_offload to true"
+)
 STOPPED = 85  # exit code of a run that was asked to stop, see train_grpo.py
 
 
@@ -118,6 +123,8 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
 
 def explain(error: BaseException) -> str:
     """One line for errors whose own text does not say what to do."""
+    if "CUDA out of memory" in str(error):
+        return f"a GPU ran out of memory (checkpoints are intact): {OUT_OF_MEMORY_ADVICE}"
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
         reason = " ".join(str(error).split())[:300]
         return f"a policy or rollout actor died, the run cannot go on (checkpoints are intact): {reason}"

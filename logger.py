@@ -5,7 +5,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -73,8 +73,10 @@ class Logger:
         if not outer:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def end_step(self, metrics: dict[str, float], samples: list[Any]) -> None:
+    def end_step(self, metrics: dict[str, float], samples: list[Any], derive: Callable[[dict], dict]) -> None:
         """Print the step's block, write its metrics and some of its samples, and start the next step's clock.
+
+        `derive` makes further metrics from those and the phases' times.
 
         Checkpoints come after this, so that one never holds a step whose rows are missing here; the time they stop the
         run is the next step's.
@@ -87,6 +89,7 @@ class Logger:
         metrics |= {"time/step_s": total, "time/elapsed_s": elapsed}
         metrics["tokens_per_s"] = metrics["total_tokens"] / total
         metrics["tokens_per_s_per_gpu"] = metrics["tokens_per_s"] / self.num_gpus
+        metrics |= derive(metrics)
         self._print_step(metrics, total, left)
         self._write(self.step, metrics)
         self._write_samples(samples, self.cfg.num_rollouts_to_save, "train")
@@ -109,6 +112,11 @@ class Logger:
             f" • {total:.2f} s: {times}",
             f" • {m['tokens_per_s']:,.0f} tokens/s, {m['tokens_per_s_per_gpu']:,.0f} a rank, {left / 60:.1f} min left",
         ]
+        if "efficiency" in m:
+            lines[-1:-1] = [
+                f" • efficiency {m['efficiency']:.0%} of the hardware's limit, MFU {m['mfu']:.0%} of the update, "
+                f"MBU {m['mbu']:.0%} of generation"
+            ]
         print("\n".join(lines), flush=True)
 
     def validation(self, step: int, metrics: dict[str, float], samples: list[Any]) -> None:

@@ -312,6 +312,13 @@ class PolicyWorker:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
 
+    def gpu(self) -> tuple[str, int]:
+        """Name and bytes of this rank's GPU; ("cpu", 0) without one."""
+        if self.device.type == "cpu":
+            return "cpu", 0
+        properties = torch.cuda.get_device_properties(self.device)
+        return properties.name, properties.total_memory
+
     def address(self) -> str:
         """host:port for the process group; asked of rank 0 only."""
         with socket.socket() as s:
@@ -581,6 +588,10 @@ class Policy:
         """Begin loading on all ranks; returns references to wait for (engines load at the same time)."""
         address = ray.get(self.workers[0].address.remote(), timeout=self.timeout_s)
         return [w.setup.remote(address) for w in self.workers]
+
+    def gpu(self) -> tuple[str, int]:
+        """Name and bytes of the GPU of rank 0; can be asked before `start`."""
+        return ray.get(self.workers[0].gpu.remote(), timeout=self.timeout_s)
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         return ray.get([getattr(w, method).remote(*args) for w in self.workers], timeout=self.timeout_s)

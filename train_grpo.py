@@ -34,9 +34,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from checkpoint import Checkpoints, Position
 from config import GRPO, Config, ConfigError, LossFn, help_text, load_config
+from hardware import Limits, Shape, memory_table
 from launch import STOPPED, RunError, Stopped, StopRequests, check_before_start, explain, start_ray
 from logger import Logger
-from policy import Policy, Sequences
+from policy import HEAD_CHUNK, Policy, Sequences
 from reward_client import UNVERIFIED, RewardClient
 from rollout import Group, RolloutEngines
 
@@ -384,7 +385,13 @@ def update(run: "Run", samples: list[Sample], advantages_S: torch.Tensor) -> dic
             stop_if_not_finite(run, result, samples)
             results.append(result | {"trained_tokens": result["trained_token_fraction"] * counts["num_valid_tokens"]})
     nonfinite = int(sum((~np.isfinite(s.rollout_logprobs)).sum() for s in samples))
-    return combine_steps(results) | {"num_nonfinite_logprobs": nonfinite, "num_optimizer_steps": len(results)}
+    cost = run.limits.training(*lengths([samples[i] for i in active]))
+    return combine_steps(results) | cost | {"num_nonfinite_logprobs": nonfinite, "num_optimizer_steps": len(results)}
+
+
+def lengths(samples: list[Sample]) -> tuple[list[int], list[int]]:
+    """Tokens of the prompts and of the answers."""
+    return [len(s.prompt_ids) for s in samples], [len(s.response_ids) for s in samples]
 
 
 def combine_steps(results: list[dict[str, float]]) -> dict[str, float]:
@@ -445,6 +452,7 @@ class Run:
     engines: RolloutEngines
     checkpoints: Checkpoints
     stop: StopRequests
+    limits: Limits
     finished: Position  # the last step that was finished; the next two belong to the one that is being made
     batches_drawn: int  # of prompts: one a step, more with dynamic sampling
     exceeded: dict[str, int]  # steps in a row that a limit was exceeded
@@ -465,6 +473,10 @@ def train(cfg: Config) -> None:
         rewards = RewardClient(cfg.env, cfg.logger.log_dir)
         try:
             policy, engines = Policy(cfg, placement), RolloutEngines(cfg, placement)
+            gpu_name, gpu_bytes = policy.gpu()
+            shape = Shape.of(cfg.policy.model_name)
+            if gpu_bytes:
+                print(memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK), flush=True)
             loading = policy.start() + engines.start()
             rows = Rows(cfg.data.train_jsonl_fpath, tokenizer, cfg.policy.max_total_sequence_length)
             val_path = cfg.data.validation_jsonl_fpath
@@ -472,9 +484,10 @@ def train(cfg: Config) -> None:
             last_step = number_of_steps(cfg, len(rows))
             ray.get(loading, timeout=cfg.cluster.timeout_s)
             stop_ids = end_of_sequence_ids(cfg.policy.model_name, tokenizer)
+            limits = Limits(cfg, shape, gpu_name)
             run = Run(
-                cfg, log, tokenizer, stop_ids, rewards, policy, engines, checkpoints, stop, last, last.batches_drawn,
-                dict(last.exceeded),
+                cfg, log, tokenizer, stop_ids, rewards, policy, engines, checkpoints, stop, limits, last,
+                last.batches_drawn, dict(last.exceeded),
             )  # fmt: skip
             checkpoints.restore(policy)
             engines.connect(policy.workers)
@@ -529,7 +542,8 @@ def train_step(run: Run, rows: Rows, val_rows: Rows | None, step: int, last_step
     metrics |= rollout_metrics(drawn) | run.policy.memory()
     if val_rows and g.val_period and (step % g.val_period == 0 or step == last_step):
         metrics |= validate(run, val_rows, step)
-    run.log.end_step(metrics, drawn)
+    metrics |= run.limits.generation([s.prompt for s in drawn], *lengths(drawn))
+    run.log.end_step(metrics, drawn, run.limits.utilization)
     check_limits(run, metrics)
     run.finished = Position(step, run.batches_drawn, dict(run.exceeded), metrics)
     if cfg.checkpointing.enabled and (step % cfg.checkpointing.save_period == 0 or step == last_step):

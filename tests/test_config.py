@@ -57,6 +57,18 @@ def test_the_tutorials_command_line_is_accepted():
     assert cfg.logger.wandb.project == "me-math"
 
 
+def test_where_ranks_and_engines_are():
+    """GPUs are counted over nodes; apart, the engines have the last ones of each node."""
+    cfg = load_config(RECIPE, ["cluster.num_nodes=2", "cluster.gpus_per_node=2"])
+    assert cfg.policy_bundles == cfg.engine_bundles == [0, 1, 2, 3]
+    apart = ["policy.generation.colocated={enabled: false, resources: {gpus_per_node: 1}}"]
+    apart += ["policy.generation.engines_per_gpu=2", "policy.generation.vllm_cfg.kv_cache_memory_bytes=1000"]
+    cfg = load_config(RECIPE, ["cluster.num_nodes=2", "cluster.gpus_per_node=4", *apart])
+    assert cfg.policy_bundles == [0, 1, 2, 4, 5, 6]
+    assert cfg.engine_bundles == [3, 3, 7, 7]
+    assert cfg.world_size == 6
+
+
 @pytest.mark.parametrize("plus", ["", "+", "++"])
 def test_override_grammar(plus):
     assert load_config(RECIPE, [f"{plus}grpo.seed=7"]).grpo.seed == 7
@@ -90,7 +102,10 @@ def test_defaults_chain_and_precedence(tmp_path):
         ("policy.train_global_batch_size=100", ["100", "64 x 16 = 1024"]),
         ("policy.sequence_packing.train_mb_tokens=100", ["train_mb_tokens=100", "32768"]),
         ("policy.generation.vllm_cfg.max_model_len=100", ["max_model_len=100"]),
-        ("policy.dtensor_cfg.tensor_parallel_size=3", ["tensor_parallel_size=3", "64 ranks"]),
+        ("policy.dtensor_cfg.tensor_parallel_size=3", ["tensor_parallel_size=3", "64 policy ranks"]),
+        ("policy.generation.colocated.enabled=false", ["resources.gpus_per_node", "below the 8"]),
+        ("policy.generation.colocated.resources.gpus_per_node=1", ["colocated.enabled=false"]),
+        ("policy.generation.engines_per_gpu=2", ["kv_cache_memory_bytes"]),
         ("policy.precision=fp8", ["fp8", "bfloat16"]),
         ("loss_fn.variant=ppo", ["ppo", "cispo"]),
         ("loss_fn.ratio_clip_c=0.5", ["ratio_clip_c=0.5"]),

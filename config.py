@@ -206,6 +206,7 @@ class Logger:
     wandb: Wandb = key(Wandb, "where to log there")
     tensorboard_enabled: bool = key(False, "write TensorBoard events")
     num_val_samples_to_print: int = key(0, "validation answers printed each time")
+    profile_steps: list[int] = key([], "steps whose update is profiled on rank 0: log_dir/profile/step_N.json")
     num_rollouts_to_save: int = key(8, "training samples written to rollouts.jsonl each step; -1: all")
 
 

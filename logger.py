@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -54,8 +55,17 @@ class Logger:
         if self.first_step is None:
             self.first_step, self.run_began = step, time.perf_counter()
             self._start_clock()
+            print(f" • {since_command():.0f} s from the command to the first step", flush=True)
         self.step, self.last_step = step, last_step
         print(f"\n━━━ Step {step}/{last_step} " + "━" * 40, flush=True)
+
+    def trace_file(self, part: int) -> str | None:
+        """Where to write a profile of this step's `part`-th optimizer step; None if it is not to be profiled."""
+        if self.step not in self.cfg.profile_steps:
+            return None
+        folder = self.dir / "profile"
+        folder.mkdir(exist_ok=True)
+        return str((folder / (f"step_{self.step}.json" if part == 0 else f"step_{self.step}_{part}.json")).resolve())
 
     def _start_clock(self) -> None:
         self.step_began, self.seconds = time.perf_counter(), {}
@@ -167,6 +177,12 @@ class Logger:
             self.wandb.finish()
         if self.tensorboard:
             self.tensorboard.close()
+
+
+def since_command() -> float:
+    """Seconds since this process was started, imports included (Linux)."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def open_rows(path: Path, last_step: int) -> IO[str]:

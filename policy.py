@@ -28,13 +28,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from config import Config, PolicyCfg
 from refit import Layout, Route, WeightSender, broadcast_group, full
 
-HEAD_CHUNK = 4096  # response tokens per slice of the LM head: bounds the [T, vocabulary] float32 logits
+HEAD_CHUNK = 4096  # response tokens per slice of the LM head: bounds the float32 logits [HEAD_CHUNK, vocabulary]
 
 
 # ---------------------------------------------------------------- packing
@@ -194,25 +193,74 @@ def packed_attention(
 AttentionInterface.register("packed", packed_attention)
 
 
-class Float32Logits(torch.autograd.Function):
-    """hidden [T, D] @ weight [V, D]^T with float32 sums and float32 result, whatever the inputs' type.
+def chunk_logprobs(logits: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability [T] of the targets [T] under float32 logits [T, vocabulary], and the log of the sums [T]."""
+    logits = logits / temperature
+    sums = logits.logsumexp(-1)
+    return logits.gather(-1, target[:, None])[:, 0] - sums, sums
 
-    Rounding logits to bfloat16 (steps of 1/16 at a logit of 10) costs more than all other rounding together. The
-    gradients go back in the inputs' type, as for an ordinary linear layer.
+
+def chunk_gradient(
+    logits: torch.Tensor, target: torch.Tensor, sums: torch.Tensor, temperature: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Probability less one at the target, [T, vocabulary]: minus temperature x d log-probability / d logit.
+
+    The one goes off in float32: near a probability of 1 the difference would not survive rounding to bfloat16.
+    """
+    probability = (logits / temperature - sums[:, None]).exp()
+    at_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
+    return torch.where(at_target, probability - 1, probability).to(dtype)
+
+
+# Fused on a GPU, where the logits' memory traffic would otherwise take longer than their arithmetic.
+fused_logprobs, fused_gradient = (torch.compile(f, dynamic=True) for f in (chunk_logprobs, chunk_gradient))
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities of target tokens from hidden states, without keeping any logits.
+
+    LM head and softmax run on HEAD_CHUNK tokens at a time, and again in the backward pass. Logits are float32 sums in
+    float32 whatever the inputs' type: rounding them to bfloat16 (steps of 1/16 at a logit of 10) costs more than all
+    other rounding together. The head's gradient is summed over the chunks in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hidden, weight)
-        if hidden.is_cuda and hidden.dtype == torch.bfloat16:
-            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-        return hidden.float() @ weight.float().t()
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        """hidden [T, D], weight [V, D], target [T] to [T]."""
+        function = fused_logprobs if hidden.is_cuda else chunk_logprobs
+        parts = zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK), strict=True)
+        found = [function(TokenLogprobs.logits(h, weight), t, temperature) for h, t in parts]
+        logprobs, sums = (torch.cat(x) for x in zip(*found, strict=True))
+        ctx.save_for_backward(hidden, weight, target, sums)
+        ctx.temperature = temperature
+        return logprobs
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, weight = ctx.saved_tensors
-        grad = grad.to(hidden.dtype)
-        return grad @ weight, grad.t() @ hidden
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden, weight, target, sums = ctx.saved_tensors
+        function = fused_gradient if hidden.is_cuda else chunk_gradient
+        grad = (-grad / ctx.temperature)[:, None]  # [T, 1]
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(hidden), HEAD_CHUNK):
+            part = slice(start, start + HEAD_CHUNK)
+            logits = TokenLogprobs.logits(hidden[part], weight)
+            difference = function(logits, target[part], sums[part], ctx.temperature, hidden.dtype)
+            grad_hidden[part] = (difference @ weight) * grad[part]
+            grad_weight += float32_product(difference.t(), (hidden[part] * grad[part]).to(hidden.dtype))
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+    @staticmethod
+    def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return float32_product(hidden, weight.t())
+
+
+def float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b with float32 sums and float32 result."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 class LogprobModel(nn.Module):
@@ -235,12 +283,7 @@ class LogprobModel(nn.Module):
             max_seqlen=mb.max_seqlen,
         ).last_hidden_state[0]  # [N, hidden]
         hidden = hidden[mb.predict_T]  # [T, hidden]: the LM head runs on response tokens only
-        parts = zip(hidden.split(HEAD_CHUNK), mb.target_T.split(HEAD_CHUNK), strict=True)
-        return torch.cat([checkpoint(self._head, h, t, temperature, use_reentrant=False) for h, t in parts])
-
-    def _head(self, hidden: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
-        logits = Float32Logits.apply(hidden, self.lm.lm_head.weight) / temperature  # [chunk, vocabulary]
-        return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
+        return TokenLogprobs.apply(hidden, self.lm.lm_head.weight, mb.target_T, temperature)
 
 
 def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel:
@@ -362,12 +405,23 @@ class PolicyWorker:
         mine = pack(batch.lengths, budget, self.dp_size)[self.dp_rank]
         return [(indices, MicroBatch.build(batch.take(indices), self.device)) for indices in mine]
 
-    def update(self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any]) -> dict[str, float]:
+    def update(
+        self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any], trace: str | None = None
+    ) -> dict[str, float]:
         """One optimizer step on `batch` (the global one; each rank takes its share).
 
         `loss_fn(logprobs_T, sequence_T=, **per-token and per-sequence arrays, **loss_kwargs)` returns a loss that is
-        already divided by global counts, and a dict of sums (names ending in _min or _max: extrema).
+        already divided by global counts, and a dict of sums (names ending in _min or _max: extrema). With `trace`
+        rank 0 writes a profile of the step there.
         """
+        if trace and self.rank == 0:
+            with torch.profiler.profile() as profile:
+                result = self._update(batch, loss_fn, loss_kwargs)
+            profile.export_chrome_trace(trace)
+            return result
+        return self._update(batch, loss_fn, loss_kwargs)
+
+    def _update(self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any]) -> dict[str, float]:
         totals: dict[str, torch.Tensor] = {}
         micro_batches = self._micro_batches(batch)
         for i, (_, mb) in enumerate(micro_batches):
@@ -596,9 +650,11 @@ class Policy:
     def _all(self, method: str, *args: Any) -> list[Any]:
         return ray.get([getattr(w, method).remote(*args) for w in self.workers], timeout=self.timeout_s)
 
-    def update(self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any]) -> dict[str, float]:
+    def update(
+        self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any], trace: str | None = None
+    ) -> dict[str, float]:
         """One optimizer step; metrics as `PolicyWorker.update` gives them, the same on every rank."""
-        return self._all("update", ray.put(batch), loss_fn, loss_kwargs)[0]
+        return self._all("update", ray.put(batch), loss_fn, loss_kwargs, trace)[0]
 
     def logprobs(self, batch: Sequences, reference: bool = False) -> list[np.ndarray]:
         """Log-probabilities of every response token, in the order of `batch`, under the present or starting weights."""

@@ -381,7 +381,8 @@ def update(run: "Run", samples: list[Sample], advantages_S: torch.Tensor) -> dic
                 "num_valid_tokens": float(sum(masks[i].sum() for i in step)),
                 "num_valid_sequences": float(sum(masks[i].any() for i in step)),
             }
-            result = run.policy.update(chosen.take(mine), grpo_loss, {"cfg": cfg.loss_fn, **counts})
+            trace = run.log.trace_file(len(results))
+            result = run.policy.update(chosen.take(mine), grpo_loss, {"cfg": cfg.loss_fn, **counts}, trace)
             stop_if_not_finite(run, result, samples)
             results.append(result | {"trained_tokens": result["trained_token_fraction"] * counts["num_valid_tokens"]})
     nonfinite = int(sum((~np.isfinite(s.rollout_logprobs)).sum() for s in samples))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import socket
 import tempfile
@@ -13,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from conftest import ROOT
 
+import policy
 from config import load_config
 from policy import MicroBatch, PolicyWorker, Sequences
 from refit import full
@@ -81,11 +83,12 @@ def run_ranks(cfg, batch, world_size=1, steps=2):
     return found[0][0], found[0][1], *([m[i] for i in range(len(batch))] for m in merged)
 
 
-@pytest.fixture
-def config(quickstart_overrides):
+@pytest.fixture(scope="module")
+def config(arithmetic_rows, tiny_model):
     def load(*overrides):
         base = ["policy.optimizer.lr=0.01", "policy.optimizer.eps=1e-3", "policy.max_grad_norm=0.05"]
-        return load_config(ROOT / "recipes" / "quickstart.yaml", [*quickstart_overrides, *base, *overrides])
+        base += [f"policy.model_name={tiny_model}", f"data.train_jsonl_fpath={arithmetic_rows}/train.jsonl"]
+        return load_config(ROOT / "recipes" / "quickstart.yaml", [*base, *overrides])
 
     return load
 
@@ -107,11 +110,16 @@ SETTINGS = {
 }
 
 
+@functools.cache
+def one_rank_result(load, count: int):
+    return run_ranks(load(*PACKED), random_batch(count))
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_way_to_split_a_batch_gives_the_same_update(config, setting):
     """Against one rank with packs of 64 tokens: metrics of two steps, clipped gradients and weights, to rounding."""
     batch = random_batch(12)
-    metrics, weights, after, reference = run_ranks(config(*PACKED), batch)
+    metrics, weights, after, reference = one_rank_result(config, 12)
     ranks, overrides = SETTINGS[setting]
     other_metrics, other_weights, other_after, other_reference = run_ranks(config(*overrides), batch, ranks)
     close(weights, other_weights)
@@ -209,6 +217,35 @@ def test_saved_folder_is_plain_hugging_face(config, tmp_path):
     for name, p in loaded.named_parameters():
         assert torch.equal(p, weights[name]), name
     assert loaded.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token_id
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("fused", [False, True])
+def test_head_against_float64_autograd(monkeypatch, temperature, fused):
+    """Values and both gradients over several chunks, the last one short; also with the functions that a GPU fuses."""
+    monkeypatch.setattr(policy, "HEAD_CHUNK", 5)
+    if fused:
+        monkeypatch.setattr(policy, "chunk_logprobs", policy.fused_logprobs)
+        monkeypatch.setattr(policy, "chunk_gradient", policy.fused_gradient)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(13, 8, generator=generator), torch.randn(50, 8, generator=generator)]
+    target, weights = torch.randint(0, 50, (13,), generator=generator), torch.randn(13, generator=generator)
+    mine = [x.clone().requires_grad_() for x in inputs]
+    plain = [x.double().requires_grad_() for x in inputs]
+    found = policy.TokenLogprobs.apply(*mine, target, temperature)
+    wanted = (plain[0] @ plain[1].t() / temperature).log_softmax(-1)[torch.arange(13), target]
+    (found * weights).sum().backward()
+    (wanted * weights.double()).sum().backward()
+    np.testing.assert_allclose(found.detach(), wanted.detach(), atol=5e-6)
+    for a, b in zip(mine, plain, strict=True):
+        np.testing.assert_allclose(a.grad, b.grad, atol=5e-6)
+
+
+def test_gradient_of_a_near_certain_token_survives_bfloat16():
+    """1 - p for p = 0.9999 is a tenth of a bfloat16 step below 1: the subtraction must come before the rounding."""
+    logits = torch.tensor([[math.log(0.9999), math.log(0.0001)]])
+    found = policy.chunk_gradient(logits, torch.tensor([0]), torch.zeros(1), 1.0, torch.bfloat16)
+    np.testing.assert_allclose(found.float(), [[-1e-4, 1e-4]], rtol=1 / 128)
 
 
 def test_micro_batch_by_hand():

@@ -45,7 +45,8 @@ def short_run(warm_model, arithmetic_rows, tmp_path_factory):
         f"checkpointing.checkpoint_dir={folder}/checkpoints", "checkpointing.save_period=1",
         "checkpointing.keep_top_k=1",
         "grpo.max_num_steps=3", "grpo.val_period=2", "logger.num_rollouts_to_save=-1", "logger.wandb_enabled=true",
-        "logger.tensorboard_enabled=true", "policy.max_grad_norm=0.1", "policy.sequence_packing.train_mb_tokens=256",
+        "logger.tensorboard_enabled=true", "logger.profile_steps=[2]",
+        "policy.max_grad_norm=0.1", "policy.sequence_packing.train_mb_tokens=256",
     ]  # fmt: skip
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_API_KEY": "planted-secret-0123456789abcdef0123456789"}
     done = subprocess.run(command(overrides), env=env, capture_output=True, text=True, timeout=240, cwd=folder)
@@ -93,7 +94,16 @@ def test_first_step_against_an_independent_computation(short_run, warm_model):
 @pytest.mark.slow
 def test_console_and_loggers(short_run):
     folder, done = short_run
-    for words in ("Step 1/3", "Step 3/3", "reward 0.", "gen_kl_error", "validation: accuracy", "tokens/s", "generate"):
+    for words in (
+        "from the command to the first step",
+        "Step 1/3",
+        "Step 3/3",
+        "reward 0.",
+        "gen_kl_error",
+        "validation: accuracy",
+        "tokens/s",
+        "generate",
+    ):
         assert words in done.stdout
     steps = read(folder / "logs" / "metrics.jsonl")
     assert [m["step"] for m in steps] == [0, 1, 2, 3]
@@ -102,6 +112,12 @@ def test_console_and_loggers(short_run):
     assert all(m["time/step_s"] > m["time/generate_s"] + m["time/train_s"] for m in times)
     assert list((folder / "logs" / "wandb").glob("offline-run-*/*.wandb"))
     assert list((folder / "logs" / "tensorboard").glob("events.out.*"))
+    assert [p.name for p in (folder / "logs" / "profile").iterdir()] == ["step_2.json"]
+    names = {
+        event.get("name")
+        for event in json.loads((folder / "logs" / "profile" / "step_2.json").read_text())["traceEvents"]
+    }
+    assert {"TokenLogprobs", "TokenLogprobsBackward", "aten::mm"} <= names
 
 
 @pytest.mark.slow

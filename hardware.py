@@ -137,10 +137,11 @@ class Limits:
         aside = sum(metrics.get(f"time/{name}_s", 0.0) for name in ("validate", "checkpoint"))
         floor = metrics["gen_floor_s"] + metrics["train_floor_s"]
         flops, bandwidth = self.peaks
+        generate_s = metrics.get("time/background_generate_s", metrics.get("time/generate_s"))
         return {
             "efficiency": floor / (metrics["time/step_s"] - aside),
             "mfu": metrics["train_flops"] / (metrics["time/train_s"] * flops * self.policy_gpus),
-            "mbu": metrics["decode_bytes"] / (metrics["time/generate_s"] * bandwidth * self.engine_gpus),
+            "mbu": metrics["decode_bytes"] / (generate_s * bandwidth * self.engine_gpus),
         }
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ class Logger:
             open_rows(self.dir / name, resumed_step) for name in ("metrics.jsonl", "rollouts.jsonl")
         )
         self.seconds: dict[str, float] = {}
-        self.in_phase = False
+        self.local = threading.local()
         self.step, self.last_step = 0, 0
         self.run_began = self.step_began = time.perf_counter()
         self.first_step: int | None = None
@@ -74,12 +75,15 @@ class Logger:
     def phase(self, name: str, total: int | None = None) -> Iterator[tqdm]:
         """Time a phase of the step; with `total` a progress bar on a terminal. Phases may repeat, times add up.
 
-        A phase inside another (generation within validation) counts for the outer one alone.
+        A phase inside another (generation within validation) counts for the outer one alone; one in another thread
+        goes on beside the step and is called so.
         """
-        began, outer, self.in_phase = time.perf_counter(), self.in_phase, True
+        began, outer, self.local.in_phase = time.perf_counter(), getattr(self.local, "in_phase", False), True
+        if threading.current_thread() is not threading.main_thread():
+            name = f"background_{name}"
         with tqdm(total=total, desc=f" ▶ {name}", leave=False, disable=not (total and sys.stderr.isatty())) as progress:
             yield progress
-        self.in_phase = outer
+        self.local.in_phase = outer
         if not outer:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 

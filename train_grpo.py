@@ -21,9 +21,9 @@ import argparse
 import json
 import math
 import sys
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -306,18 +306,27 @@ def groups_with_signal(samples: list[Sample]) -> set[int]:
     return {prompt for prompt, seen in rewards.items() if len(seen) > 1}
 
 
-def collect(run: "Run", rows: Rows) -> tuple[list[Sample], list[Sample]]:
-    """Steps 1 to 4: the samples to train on, and all that were drawn.
+@dataclass
+class Batch:
+    """What `collect` found."""
 
-    They are the same without dynamic sampling (DAPO, arXiv:2503.14476), which draws more prompts until the batch is
-    full of groups with different rewards. It drops whole groups, so that every mean in a group stays what it was.
+    samples: list[Sample]  # to train on
+    drawn: list[Sample]  # all that were drawn: the same without dynamic sampling
+    next: int  # the batch of prompts to go on with
+
+
+def collect(run: "Run", rows: Rows, first: int) -> Batch:
+    """Steps 1 to 4, from the `first`-th batch of prompts.
+
+    Dynamic sampling (DAPO, arXiv:2503.14476) draws more prompts until the batch is full of groups with different
+    rewards. It drops whole groups, so that every mean in a group stays what it was.
     """
     g, kept, drawn = run.cfg.grpo, [], []
     batches = g.dynamic_sampling_max_gen_batches if g.use_dynamic_sampling else 1
     for batch in range(batches):
-        rows_P = rows.batch(run.batches_drawn, g.num_prompts_per_step, g.seed, run.cfg.data.shuffle)
-        run.batches_drawn += 1
-        samples = sample_and_score(run, rows, rows_P, g.num_generations_per_prompt, seed=g.seed + run.batches_drawn)
+        rows_P = rows.batch(first + batch, g.num_prompts_per_step, g.seed, run.cfg.data.shuffle)
+        seed = g.seed + first + batch + 1
+        samples = sample_and_score(run, rows, rows_P, g.num_generations_per_prompt, seed)
         for s in samples:
             s.prompt += batch * g.num_prompts_per_step
         useful = groups_with_signal(samples) if g.use_dynamic_sampling else {s.prompt for s in samples}
@@ -329,7 +338,19 @@ def collect(run: "Run", rows: Rows) -> tuple[list[Sample], list[Sample]]:
         print(
             f" • dynamic sampling: {len(kept)} of {run.cfg.samples_per_step} answers after {batches} batches of prompts"
         )
-    return kept[: run.cfg.samples_per_step], drawn
+    return Batch(kept[: run.cfg.samples_per_step], drawn, first + batch + 1)
+
+
+def next_batch(run: "Run", rows: Rows, last: bool) -> Batch:
+    """This step's samples; with `grpo.async_one_step_off` those that were drawn while the last update ran.
+
+    Then the next ones are begun here, with weights that will be one update old when they are trained on.
+    """
+    batch = run.ahead.result() if run.ahead else collect(run, rows, run.batches_drawn)
+    run.ahead = None
+    if run.cfg.grpo.async_one_step_off and not last:
+        run.ahead = run.background.submit(collect, run, rows, batch.next)
+    return batch
 
 
 def shaped_rewards(samples: list[Sample], g: GRPO) -> list[float]:
@@ -457,6 +478,8 @@ class Run:
     finished: Position  # the last step that was finished; the next two belong to the one that is being made
     batches_drawn: int  # of prompts: one a step, more with dynamic sampling
     exceeded: dict[str, int]  # steps in a row that a limit was exceeded
+    background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    ahead: Future | None = None  # the next step's batch, where it is drawn in the background
 
 
 def train(cfg: Config) -> None:
@@ -523,7 +546,8 @@ def train_step(run: Run, rows: Rows, val_rows: Rows | None, step: int, last_step
     # 1. to 4. The next rows of the shuffled file; their token ids to the engines; groups back as they finish, each
     # scored while others are still being generated
     with run.stop.interruptible():
-        samples, drawn = collect(run, rows)
+        batch = next_batch(run, rows, last=step == last_step)
+        samples, drawn, run.batches_drawn = batch.samples, batch.drawn, batch.next
     # 5. Advantages within each prompt's group
     advantages_S = group_advantages(
         torch.tensor(shaped_rewards(samples, g), dtype=torch.float64),
@@ -536,7 +560,10 @@ def train_step(run: Run, rows: Rows, val_rows: Rows | None, step: int, last_step
     with run.log.phase("train"):
         run.engines.sleep()
         metrics = update(run, samples, advantages_S)
-    # 7. Refit: the new weights into the engines
+    # 7. Refit: the new weights into the engines, which may still be sampling the next batch
+    if run.ahead:
+        with run.log.phase("wait"):
+            wait([run.ahead])
     with run.log.phase("refit"):
         run.engines.refit()
     # 8. Log, validate, checkpoint

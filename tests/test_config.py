@@ -106,6 +106,7 @@ def test_defaults_chain_and_precedence(tmp_path):
         ("policy.generation.colocated.enabled=false", ["resources.gpus_per_node", "below the 8"]),
         ("policy.generation.colocated.resources.gpus_per_node=1", ["colocated.enabled=false"]),
         ("policy.generation.engines_per_gpu=2", ["kv_cache_memory_bytes"]),
+        ("grpo.async_one_step_off=true", ["colocated.enabled=false", "use_importance_sampling_correction=true"]),
         ("policy.precision=fp8", ["fp8", "bfloat16"]),
         ("loss_fn.variant=ppo", ["ppo", "cispo"]),
         ("loss_fn.ratio_clip_c=0.5", ["ratio_clip_c=0.5"]),

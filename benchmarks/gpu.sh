@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Regenerate the GPU results, a part at a time (each has its own time limit, so that one failure does not cost the rest):
+#   bash benchmarks/gpu.sh PART MODEL_FOLDER OUTPUT_FOLDER
+# PART: tests | arithmetic | engines | variants | trl | speed | speed-4b | two | recipe. MODEL_FOLDER: SmolLM2-135M-Instruct.
+# arithmetic, engines, variants, trl, speed and tests need one GPU; speed-4b one with 141 GB; two and recipe need two.
+set -uo pipefail
+part=$1 model=$2 out=$3
+python=${PYTHON:-python3}
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+
+speed() { # GEOMETRY NAME [arguments and overrides...]
+    local geometry=$1 name=$2
+    shift 2
+    timeout 280 "$python" benchmarks/step_time.py "$geometry" --name "$name" --results "$out/step_time.json" "$@" \
+        > "$out/$name.txt" 2>&1 || echo "$name failed, see $out/$name.txt"
+    tail -n 1 "$out/$name.txt"
+}
+apart=(policy.generation.colocated.enabled=false policy.generation.colocated.resources.gpus_per_node=1)
+case $part in
+tests) timeout 580 "$python" -m pytest -m gpu 2>&1 | tee "$out/tests.txt" ;;
+arithmetic) timeout 580 bash benchmarks/smollm2_arithmetic.sh "$model" "$out" ;;
+engines) # does a second or third engine on the GPU pay for a model this small?
+    for n in 1 2 3; do
+        timeout 180 bash benchmarks/smollm2_arithmetic.sh "$model" "$out/engines-$n" grpo.max_num_steps=30 \
+            grpo.val_at_start=false grpo.val_period=0 policy.generation.engines_per_gpu=$n > "$out/engines-$n.txt" 2>&1
+    done
+    tail -n 8 "$out"/engines-*.txt ;;
+variants)
+    data=$(mktemp -d)
+    "$python" prepare_data.py arithmetic --output "$data" --kinds add,mul,add_mul --min-operand 10 --max-operand 99 \
+        --max-factor 9 --solved-examples 3 --answer-style worked > /dev/null
+    timeout 590 "$python" benchmarks/variants.py "$out" --config recipes/smollm2-arithmetic.yaml --parallel 4 \
+        policy.model_name="$model" data.train_jsonl_fpath="$data/train.jsonl" data.validation_jsonl_fpath=null \
+        grpo.max_num_steps=150 ;;
+trl) timeout 590 "$python" benchmarks/compare_trl.py "$model" "$out" ;;
+speed)
+    speed qwen3-0.6b qwen3-0.6b-1
+    speed qwen3-1.7b qwen3-1.7b-1 ;;
+speed-4b) speed qwen3-4b qwen3-4b-1 ;;
+two) # one GPU as the yardstick, then two with twice the batch, FSDP and tensor parallel, and engines apart
+    speed qwen3-1.7b qwen3-1.7b-1-of-2
+    speed qwen3-1.7b qwen3-1.7b-2 --gpus 2 --prompts 64
+    speed qwen3-4b qwen3-4b-fsdp-2 --gpus 2
+    speed qwen3-4b qwen3-4b-tp-2 --gpus 2 policy.dtensor_cfg.tensor_parallel_size=2
+    speed qwen3-1.7b qwen3-1.7b-apart --gpus 2 "${apart[@]}"
+    speed qwen3-1.7b qwen3-1.7b-one-step-off --gpus 2 "${apart[@]}" grpo.async_one_step_off=true \
+        loss_fn.use_importance_sampling_correction=true loss_fn.truncated_importance_sampling_ratio=2 ;;
+recipe) # the tutorial's shape: 4 prompts, 3 steps, 32,768 tokens, tensor parallel 2, activation checkpointing
+    speed qwen3-4b qwen3-4b-recipe --gpus 2 --prompts 4 --steps 3 --answer-tokens 4096 \
+        policy.max_total_sequence_length=32768 policy.sequence_packing.train_mb_tokens=32768 \
+        policy.dtensor_cfg.tensor_parallel_size=2 policy.dtensor_cfg.reshard_after_forward=true ;;
+*) echo "error: unknown part '$part'" >&2 && exit 2 ;;
+esac

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from config import ConfigError, Env, Generation, PolicyCfg, VllmCfg
 from reward_client import UNVERIFIED, RewardClient
 from rollout import RolloutWorker
-from train_grpo import Rows, end_of_sequence_ids, load_tokenizer
+from rows import Rows, end_of_sequence_ids, load_tokenizer
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import GRPO, LossFn, RewardScaling, RewardShaping
-from policy import pack
+from model import pack
 from train_grpo import Sample, combine_steps, group_advantages, groups_with_signal, grpo_loss, shaped_rewards
 
 

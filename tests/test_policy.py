@@ -14,9 +14,10 @@ import torch
 import torch.multiprocessing as mp
 from conftest import ROOT
 
-import policy
+import model
 from config import load_config
-from policy import MicroBatch, PolicyWorker, Sequences
+from model import MicroBatch, Sequences
+from policy import PolicyWorker
 from refit import full
 from train_grpo import grpo_loss
 
@@ -223,16 +224,16 @@ def test_saved_folder_is_plain_hugging_face(config, tmp_path):
 @pytest.mark.parametrize("fused", [False, True])
 def test_head_against_float64_autograd(monkeypatch, temperature, fused):
     """Values and both gradients over several chunks, the last one short; also with the functions that a GPU fuses."""
-    monkeypatch.setattr(policy, "HEAD_CHUNK", 5)
+    monkeypatch.setattr(model, "HEAD_CHUNK", 5)
     if fused:
-        monkeypatch.setattr(policy, "chunk_logprobs", policy.fused_logprobs)
-        monkeypatch.setattr(policy, "chunk_gradient", policy.fused_gradient)
+        monkeypatch.setattr(model, "chunk_logprobs", model.fused_logprobs)
+        monkeypatch.setattr(model, "chunk_gradient", model.fused_gradient)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(13, 8, generator=generator), torch.randn(50, 8, generator=generator)]
     target, weights = torch.randint(0, 50, (13,), generator=generator), torch.randn(13, generator=generator)
     mine = [x.clone().requires_grad_() for x in inputs]
     plain = [x.double().requires_grad_() for x in inputs]
-    found = policy.TokenLogprobs.apply(*mine, target, temperature)
+    found = model.TokenLogprobs.apply(*mine, target, temperature)
     wanted = (plain[0] @ plain[1].t() / temperature).log_softmax(-1)[torch.arange(13), target]
     (found * weights).sum().backward()
     (wanted * weights.double()).sum().backward()
@@ -244,7 +245,7 @@ def test_head_against_float64_autograd(monkeypatch, temperature, fused):
 def test_gradient_of_a_near_certain_token_survives_bfloat16():
     """1 - p for p = 0.9999 is a tenth of a bfloat16 step below 1: the subtraction must come before the rounding."""
     logits = torch.tensor([[math.log(0.9999), math.log(0.0001)]])
-    found = policy.chunk_gradient(logits, torch.tensor([0]), torch.zeros(1), 1.0, torch.bfloat16)
+    found = model.chunk_gradient(logits, torch.tensor([0]), torch.zeros(1), 1.0, torch.bfloat16)
     np.testing.assert_allclose(found.float(), [[-1e-4, 1e-4]], rtol=1 / 128)
 
 

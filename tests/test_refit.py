@@ -8,7 +8,8 @@ from conftest import ROOT
 
 from config import load_config
 from launch import StopRequests, start_ray
-from policy import Policy, Sequences
+from model import Sequences
+from policy import Policy
 from rollout import RolloutEngines
 from train_grpo import grpo_loss
 
@@ -121,7 +122,7 @@ def test_samples_depend_on_the_seed_alone_and_engines_differ(pair, gpus):
 @pytest.mark.gpu
 def test_varlen_attention_equals_padded_attention():
     """Packed flash attention against the padded float32 path, values and gradients, grouped heads included."""
-    from policy import packed_attention
+    from model import packed_attention
 
     torch.manual_seed(0)
     lengths = [5, 1, 130, 64]

@@ -16,7 +16,8 @@ from conftest import ROOT
 
 from config import ConfigError, load_config
 from launch import check_before_start
-from train_grpo import Rows, number_of_steps
+from rows import Rows
+from train_grpo import number_of_steps
 
 BATCH = ["grpo.num_prompts_per_step=8", "grpo.num_generations_per_prompt=8"]
 

@@ -1,0 +1,324 @@
+"""The trained model as one rank sees it: packed sequences in, log-probabilities of the response tokens out.
+
+Packing, attention that does not cross sequences, an LM head that keeps no logits, sharding (FSDP2, tensor parallel).
+Axis suffixes of names: _S sequence, _N packed token of a micro-batch (prompts and responses), _T response token.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from config import PolicyCfg
+
+HEAD_CHUNK = 4096  # response tokens per slice of the LM head: bounds the float32 logits [HEAD_CHUNK, vocabulary]
+
+
+# ---------------------------------------------------------------- packing
+
+
+@dataclass
+class Sequences:
+    """A batch as it travels from the driver: one entry per sequence, no padding.
+
+    `per_token` holds arrays with one value per response token (for instance the engine's log-probabilities),
+    `per_sequence` one value per sequence; both reach the loss function by name, the latter repeated per token.
+    """
+
+    prompt_ids: list[np.ndarray]
+    response_ids: list[np.ndarray]
+    per_token: dict[str, list[np.ndarray]]
+    per_sequence: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def take(self, indices: list[int]) -> "Sequences":
+        return Sequences(
+            [self.prompt_ids[i] for i in indices],
+            [self.response_ids[i] for i in indices],
+            {name: [values[i] for i in indices] for name, values in self.per_token.items()},
+            {name: values[indices] for name, values in self.per_sequence.items()},
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(p) + len(r) for p, r in zip(self.prompt_ids, self.response_ids, strict=True)]
+
+
+def pack(lengths: list[int], budget: int, ranks: int) -> list[list[list[int]]]:
+    """Sequence indices as [rank][micro-batch][...]: at most `budget` tokens each, as many on each rank, balanced.
+
+    Longest first into the emptiest micro-batch; when one overflows, every rank gets one more. A sequence longer than
+    the budget has a micro-batch to itself. With fewer sequences than micro-batches some are empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    per_rank = max(1, math.ceil(sum(min(n, budget) for n in lengths) / (budget * ranks)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(per_rank * ranks)]
+        load = np.zeros(len(bins), dtype=np.int64)
+        for i in order:
+            emptiest = int(load.argmin())
+            bins[emptiest].append(i)
+            load[emptiest] += lengths[i]
+        if all(n <= budget or len(b) == 1 for n, b in zip(load, bins, strict=True)):
+            break
+        per_rank += 1
+    by_load = sorted(range(len(bins)), key=lambda b: -load[b])  # neighbours in load run at the same time
+    return [[bins[b] for b in by_load[rank::ranks]] for rank in range(ranks)]
+
+
+@dataclass
+class MicroBatch:
+    """One packed micro-batch on the device. `predict_T` points at the position whose output predicts each token."""
+
+    input_ids_N: torch.Tensor
+    position_ids_N: torch.Tensor
+    cu_seqlens: torch.Tensor  # int32 [sequences + 1]: where each sequence starts
+    max_seqlen: int
+    predict_T: torch.Tensor
+    target_T: torch.Tensor
+    sequence_T: torch.Tensor
+    extras_T: dict[str, torch.Tensor]
+
+    @classmethod
+    def build(cls, batch: Sequences, device: torch.device) -> "MicroBatch":
+        """Pack `batch`; an empty one becomes a single masked token, so that every rank runs the same collectives."""
+        if not len(batch):
+            zero = np.zeros(1, dtype=np.int64)
+            batch = Sequences(
+                [zero],
+                [zero],
+                {k: [np.zeros(1)] for k in batch.per_token},
+                {k: np.zeros(1) for k in batch.per_sequence},
+            )
+        lengths = np.array(batch.lengths)
+        prompts = np.array([len(p) for p in batch.prompt_ids])
+        responses = lengths - prompts
+        starts = np.concatenate([[0], lengths.cumsum()])
+        ids = np.concatenate([x for pair in zip(batch.prompt_ids, batch.response_ids, strict=True) for x in pair])
+        positions = np.arange(len(ids)) - np.repeat(starts[:-1], lengths)
+        sequence = np.repeat(np.arange(len(batch)), responses)
+        within = np.arange(responses.sum()) - np.repeat(np.concatenate([[0], responses.cumsum()[:-1]]), responses)
+        target_at = (starts[:-1] + prompts)[sequence] + within
+        extras = {name: np.concatenate(values) for name, values in batch.per_token.items()}
+        extras |= {name: values[sequence] for name, values in batch.per_sequence.items()}
+
+        def to(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+            return torch.as_tensor(x, dtype=dtype).to(device, non_blocking=True)
+
+        return cls(
+            input_ids_N=to(ids, torch.int64),
+            position_ids_N=to(positions, torch.int64),
+            cu_seqlens=to(starts, torch.int32),
+            max_seqlen=int(lengths.max()),
+            predict_T=to(target_at - 1, torch.int64),
+            target_T=to(ids[target_at], torch.int64),
+            sequence_T=to(sequence, torch.int64),
+            extras_T={name: to(values, torch.float32) for name, values in extras.items()},
+        )
+
+
+# ---------------------------------------------------------------- model
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention that does not cross sequences. query [1, heads, N, head_dim] to output [1, N, heads, head_dim].
+
+    bfloat16 on a GPU runs torch's variable-length flash attention. Otherwise sequences are padded on the right into a
+    [S, heads, max_seqlen, head_dim] batch, where a causal mask never lets a real token see padding: the same values.
+    """
+    if sliding_window is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} has sliding-window attention, which packing does not do yet"
+        )
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
+    if query.is_cuda and query.dtype == torch.bfloat16:
+        from torch.nn.attention.varlen import varlen_attn
+
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        out = varlen_attn(
+            query.contiguous(), key, value.contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+            scale=scaling, window_size=(-1, 0),
+        )  # fmt: skip
+        return out[None], None
+    lengths = cu_seqlens.diff()
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
+    column = torch.arange(len(query), device=query.device) - cu_seqlens[row]
+
+    def pad(x: torch.Tensor) -> torch.Tensor:
+        padded = x.new_zeros(len(lengths), max_seqlen, *x.shape[1:])
+        return padded.index_put((row, column), x).transpose(1, 2)  # [S, heads, max_seqlen, head_dim]
+
+    out = F.scaled_dot_product_attention(
+        pad(query), pad(key), pad(value), is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2)[row, column][None], None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+def chunk_logprobs(logits: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability [T] of the targets [T] under float32 logits [T, vocabulary], and the log of the sums [T]."""
+    logits = logits / temperature
+    sums = logits.logsumexp(-1)
+    return logits.gather(-1, target[:, None])[:, 0] - sums, sums
+
+
+def chunk_gradient(
+    logits: torch.Tensor, target: torch.Tensor, sums: torch.Tensor, temperature: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Probability less one at the target, [T, vocabulary]: minus temperature x d log-probability / d logit.
+
+    The one goes off in float32: near a probability of 1 the difference would not survive rounding to bfloat16.
+    """
+    probability = (logits / temperature - sums[:, None]).exp()
+    at_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
+    return torch.where(at_target, probability - 1, probability).to(dtype)
+
+
+# Fused on a GPU, where the logits' memory traffic would otherwise take longer than their arithmetic.
+fused_logprobs, fused_gradient = (torch.compile(f, dynamic=True) for f in (chunk_logprobs, chunk_gradient))
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities of target tokens from hidden states, without keeping any logits.
+
+    LM head and softmax run on HEAD_CHUNK tokens at a time, and again in the backward pass. Logits are float32 sums in
+    float32 whatever the inputs' type: rounding them to bfloat16 (steps of 1/16 at a logit of 10) costs more than all
+    other rounding together. The head's gradient is summed over the chunks in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        """hidden [T, D], weight [V, D], target [T] to [T]."""
+        function = fused_logprobs if hidden.is_cuda else chunk_logprobs
+        parts = zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK), strict=True)
+        found = [function(TokenLogprobs.logits(h, weight), t, temperature) for h, t in parts]
+        logprobs, sums = (torch.cat(x) for x in zip(*found, strict=True))
+        ctx.save_for_backward(hidden, weight, target, sums)
+        ctx.temperature = temperature
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden, weight, target, sums = ctx.saved_tensors
+        function = fused_gradient if hidden.is_cuda else chunk_gradient
+        grad = (-grad / ctx.temperature)[:, None]  # [T, 1]
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(hidden), HEAD_CHUNK):
+            part = slice(start, start + HEAD_CHUNK)
+            logits = TokenLogprobs.logits(hidden[part], weight)
+            difference = function(logits, target[part], sums[part], ctx.temperature, hidden.dtype)
+            grad_hidden[part] = (difference @ weight) * grad[part]
+            grad_weight += float32_product(difference.t(), (hidden[part] * grad[part]).to(hidden.dtype))
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+    @staticmethod
+    def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return float32_product(hidden, weight.t())
+
+
+def float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b with float32 sums and float32 result."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class LogprobModel(nn.Module):
+    """A Hugging Face causal LM whose forward returns log-probabilities of chosen tokens, never the whole logits.
+
+    One module, so that FSDP gathers embedding, final norm and LM head (tied or not) around the whole forward pass.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, mb: MicroBatch, temperature: float) -> torch.Tensor:
+        """Log-probabilities [T] of `mb.target_T` in float32, after temperature."""
+        hidden = self.lm.base_model(
+            input_ids=mb.input_ids_N[None],
+            position_ids=mb.position_ids_N[None],
+            use_cache=False,
+            cu_seqlens=mb.cu_seqlens,
+            max_seqlen=mb.max_seqlen,
+        ).last_hidden_state[0]  # [N, hidden]
+        hidden = hidden[mb.predict_T]  # [T, hidden]: the LM head runs on response tokens only
+        return TokenLogprobs.apply(hidden, self.lm.lm_head.weight, mb.target_T, temperature)
+
+
+def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel:
+    """Load `cfg.model_name` in float32 and shard it: tensor parallel over mesh["tp"], FSDP2 over mesh["dp"]."""
+    lm = AutoModelForCausalLM.from_pretrained(cfg.model_name, dtype=torch.float32, attn_implementation="packed")
+    scaled = [k for k in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(lm.config, k, None)]
+    if scaled or lm.lm_head.bias is not None:
+        raise NotImplementedError(
+            f"{cfg.model_name}: logits with {scaled or 'a bias'} are not what LogprobModel computes"
+        )
+    d = cfg.dtensor_cfg
+    lm.to(device if not d.cpu_offload else "cpu").train()
+    if mesh["tp"].size() > 1:
+        parallelize(lm, mesh["tp"])
+    if d.activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    compute = getattr(torch, cfg.precision)
+    shard = {
+        "mesh": mesh["dp"],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if d.cpu_offload else OffloadPolicy(),
+        "reshard_after_forward": d.reshard_after_forward,
+    }
+    model = LogprobModel(lm)
+    for layer in lm.base_model.layers:
+        if d.compile_layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        fully_shard(layer, **shard)
+    fully_shard(model, **shard)
+    return model
+
+
+def parallelize(lm: nn.Module, mesh: Any) -> None:
+    """Tensor parallel by the plan in the Hugging Face configuration. Raises ValueError if heads do not divide."""
+    heads = lm.config.num_key_value_heads
+    if heads % mesh.size():
+        raise ValueError(
+            f"policy.dtensor_cfg.tensor_parallel_size={mesh.size()} does not divide {heads} key-value heads"
+        )
+    styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    plan = lm.config.base_model_tp_plan
+    parallelize_module(lm.base_model, mesh, {name: styles[s]() for name, s in plan.items() if s in styles})
+
+
+def add_partial_gradients(lm: nn.Module, mesh: Any) -> None:
+    """Add up over tensor-parallel ranks the gradients of norms inside the attention, which saw their own heads only."""
+    plan = lm.config.base_model_tp_plan if mesh.size() > 1 else {}
+    for pattern, style in plan.items():
+        if style == "replicated_with_grad_allreduce":
+            for layer in lm.base_model.layers:
+                grad = layer.get_submodule(pattern.split("*.")[1]).weight.grad
+                dist.all_reduce(grad.to_local(), group=mesh.get_group())

@@ -280,6 +280,8 @@ def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel
         raise NotImplementedError(
             f"{cfg.model_name}: logits with {scaled or 'a bias'} are not what LogprobModel computes"
         )
+    # Nothing is padded here, and where the padding token is the end token, that would not learn as an input.
+    lm.get_input_embeddings().padding_idx = None
     d = cfg.dtensor_cfg
     lm.to(device if not d.cpu_offload else "cpu").train()
     if mesh["tp"].size() > 1:

@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from config import load_config
 from model import MicroBatch, Sequences
 from policy import PolicyWorker
 from refit import full
-from train_grpo import grpo_loss
+from train_grpo import Sample, grpo_loss, update
 
 pytestmark = pytest.mark.slow
 
@@ -177,30 +178,113 @@ def test_one_step_against_plain_autograd(config, tiny_model):
     close(weights, {name: p.detach().numpy() for name, p in plain.named_parameters()})
 
 
+class Run:
+    """What `train_grpo.update` needs of a run: the configuration, a real rank, no profile, no known peaks."""
+
+    def __init__(self, cfg):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        self.cfg, self.policy = cfg, PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
+        self.policy.setup(free_address())
+        self.log = SimpleNamespace(trace_file=lambda part: None)
+        self.limits = SimpleNamespace(training=lambda prompts, responses: {})
+
+
+@pytest.fixture
+def start_run(config):
+    def start(*overrides):
+        return Run(config(*overrides))
+
+    yield start
+    torch.distributed.destroy_process_group()
+
+
+def sample(prompt: int, prompt_ids: list[int], response_ids: list[int], truncated: bool, reward: float) -> Sample:
+    zeros = np.zeros(len(response_ids), dtype=np.float32)
+    return Sample(prompt, np.array(prompt_ids), np.array(response_ids), zeros, truncated, "", reward, "correct")
+
+
+def test_the_end_token_is_trained_on_where_the_model_stopped(start_run, tiny_model, tmp_path):
+    """In a model that pads with its end token, whose prompts hold that token too: exactly the answers are trained on,
+    with the end where the model put one, and with nothing in its place where the answer was cut off."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    end = tokenizer.eos_token_id
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    plain.config.pad_token_id = plain.generation_config.pad_token_id = end
+    plain.save_pretrained(tmp_path)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    run = start_run(f"policy.model_name={tmp_path}", "policy.max_grad_norm=1e9", "policy.optimizer.lr=0")
+    samples = [sample(0, [7, end, 8, end], [40, end, 41, end], False, 1.0), sample(0, [9], [40, 41, 42], True, 0.0)]
+    metrics = update(run, samples, torch.tensor([1.0, -0.5]))
+    total = entropy = 0.0
+    for s, advantage in zip(samples, [1.0, -0.5], strict=True):
+        prompt, response = s.prompt_ids.tolist(), s.response_ids.tolist()
+        logprobs = plain(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        picked = torch.stack([logprobs[len(prompt) + i - 1, token] for i, token in enumerate(response)])
+        total = total - advantage * (picked - picked.detach()).exp().sum() / 7
+        entropy -= picked.sum().item() / 7
+    total.backward()
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in plain.parameters()]))
+    assert metrics["approx_entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(-(4 * 1.0 - 3 * 0.5) / 7, rel=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_nonfinite_engine_logprobs_are_masked_and_counted(start_run):
+    """Two of seven tokens have none: the others are a batch of five."""
+    run = start_run("policy.optimizer.lr=0")
+    samples = [sample(0, [7], [40, 41, 42, 43], False, 1.0), sample(0, [9], [40, 41, 42], False, 0.0)]
+    samples[0].rollout_logprobs[1] = np.nan
+    samples[1].rollout_logprobs[2] = -np.inf
+    metrics = update(run, samples, torch.tensor([1.0, -0.5]))
+    assert metrics["num_nonfinite_logprobs"] == 2
+    assert metrics["loss"] == pytest.approx(-(3 * 1.0 - 2 * 0.5) / 5, rel=1e-6)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_answers_without_advantage_cost_nothing_and_change_nothing(start_run):
+    """Half of a batch has advantage 0: the same loss and gradient as with everything run through the model (which a
+    KL term of weight 1e-30 forces), half of the tokens trained, and means over those."""
+    skipping, everything = start_run(), None
+    rng = np.random.default_rng(0)
+    samples = [sample(i // 2, rng.integers(3, 200, 5), rng.integers(3, 200, 4), False, 0.0) for i in range(8)]
+    advantages = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.5, -0.5, 0.0, 0.0])
+    skipped = update(skipping, samples, advantages)
+    torch.distributed.destroy_process_group()
+    everything = start_run("loss_fn.reference_policy_kl_penalty=1e-30")
+    everything.policy.keep_reference, everything.policy.reference = True, everything.policy._local_weights()
+    everything.policy.logprobs = functools.partial(ordered_logprobs, everything.policy)
+    whole = update(everything, samples, advantages)
+    assert skipped["trained_token_fraction"] == pytest.approx(0.5)
+    assert whole["trained_token_fraction"] == pytest.approx(1.0)
+    for name in ("loss", "grad_norm"):
+        assert skipped[name] == pytest.approx(whole[name], rel=1e-5), name
+    assert skipped["probs_ratio"] == pytest.approx(1.0)
+
+
+def ordered_logprobs(worker: PolicyWorker, batch: Sequences, reference: bool) -> list[np.ndarray]:
+    found = PolicyWorker.logprobs(worker, batch, reference)
+    return [found[i] for i in range(len(batch))]
+
+
 def test_learning_rate_warms_up(config):
     cfg = config("policy.scheduler.warmup_steps=4")
     metrics, *_ = run_ranks(cfg, random_batch(2), steps=6)
     assert [m["lr"] for m in metrics] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
-def nonfinite_main(rank, address, cfg, batch, folder):
-    worker = PolicyWorker(cfg.policy, rank, 1, "cpu", timeout_s=60)
-    worker.setup(address)
-    before = [w.clone() for w in worker._local_weights()]
-    metrics = worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts(batch)})
-    same = all(torch.equal(a, b) for a, b in zip(before, worker._local_weights(), strict=True))
-    torch.save((metrics["grad_norm"], same, worker.steps_done), f"{folder}/result.pt")
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing(config, tmp_path):
-    batch = random_batch(3)
+def test_a_gradient_that_is_not_finite_changes_nothing(start_run):
+    run = start_run()
+    worker, batch = run.policy, random_batch(3)
     batch.per_sequence["advantages_T"][1] = np.inf
     batch.per_token["mask_T"][1][:] = 1
-    mp.spawn(nonfinite_main, (free_address(), config(), batch, str(tmp_path)), 1)
-    grad_norm, same, steps_done = torch.load(tmp_path / "result.pt", weights_only=False)
-    assert not np.isfinite(grad_norm)
-    assert same
-    assert steps_done == 0
+    before = [w.clone() for w in worker._local_weights()]
+    metrics = worker.update(batch, grpo_loss, {"cfg": run.cfg.loss_fn, **counts(batch)})
+    assert not np.isfinite(metrics["grad_norm"])
+    assert all(torch.equal(a, b) for a, b in zip(before, worker._local_weights(), strict=True))
+    assert worker.steps_done == 0
 
 
 def test_saved_folder_is_plain_hugging_face(config, tmp_path):

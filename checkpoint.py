@@ -126,7 +126,11 @@ class Checkpoints:
                 raise self._failed(self.saved_step, error)
 
     def _failed(self, step: int, reason: Any) -> RunError:
-        return RunError(f"step_{step} could not be written to '{self.dir}': {reason}; earlier ones are intact")
+        # torch hides a full disk behind "unexpected pos"
+        left = (
+            f"{shutil.disk_usage(self.dir).free / 2**30:.1f} GiB are free there" if self.dir.is_dir() else "it is gone"
+        )
+        return RunError(f"step_{step} could not be written to '{self.dir}' ({left}): {reason}; earlier ones are intact")
 
 
 def publish(unfinished: Path, cfg: Checkpointing) -> None:

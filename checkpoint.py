@@ -4,6 +4,10 @@
 master weights and optimizer state, sharded, readable by any number of ranks), `run.json` (where the run was, and its
 configuration) and `metrics.json` (of that step). It is written as `tmp_step_N` while the next step runs, and renamed
 when every rank has finished: a folder called step_N is complete, anything called tmp_ is not and is removed.
+
+No generator has to be saved for the data and the engines: which rows a step gets and the seed of each engine follow
+from `grpo.seed` and the number of batches drawn, which is in `run.json`. The ranks' own random state is in
+`training_state/`.
 """
 
 import dataclasses
@@ -14,6 +18,8 @@ import math
 import os
 import re
 import shutil
+import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,10 +60,15 @@ class Checkpoints:
         self.seconds = 0.0  # the longest that a save took, from its start until it was complete
         if not cfg.checkpointing.enabled:
             return
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        for unfinished in self.dir.glob("tmp_step_*"):
-            shutil.rmtree(unfinished)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            for unfinished in self.dir.glob("tmp_step_*"):
+                remove(unfinished)
+        except OSError as e:
+            raise ConfigError(
+                f"cannot write to checkpointing.checkpoint_dir='{self.dir}' ({e.strerror}); choose another"
+            ) from None
         self.data_sha256 = file_hash(cfg.data.train_jsonl_fpath)
         complete = steps_in(self.dir)
         if complete:
@@ -88,14 +99,16 @@ class Checkpoints:
         """Copy the state to host memory and start writing step_N; returns while it is being written."""
         self.wait(policy)
         unfinished = (self.dir / f"tmp_step_{position.step}").resolve()
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        (unfinished / "metrics.json").write_text(json.dumps(position.metrics))
         run = {
             "position": dataclasses.asdict(position), "wandb_id": wandb_id, "train_sha256": self.data_sha256,
             "world_size": self.cfg.world_size, "config": dataclasses.asdict(self.cfg),
         }  # fmt: skip
-        (unfinished / "run.json").write_text(json.dumps(run, indent=1))
+        try:
+            unfinished.mkdir(parents=True)
+            (unfinished / "metrics.json").write_text(json.dumps(position.metrics))
+            (unfinished / "run.json").write_text(json.dumps(run, indent=1))
+        except OSError as e:
+            raise self._failed(position.step, e) from None
         policy.save(unfinished, partial(publish, unfinished, self.cfg.checkpointing))
         self.saved_step = position.step
 
@@ -110,24 +123,49 @@ class Checkpoints:
         for error, seconds in policy.wait_saved():
             self.seconds = max(self.seconds, seconds)
             if error:
-                raise RunError(
-                    f"step_{self.saved_step} could not be written to '{self.dir}': {error}; earlier ones are intact"
-                )
+                raise self._failed(self.saved_step, error)
+
+    def _failed(self, step: int, reason: Any) -> RunError:
+        # torch hides a full disk behind "unexpected pos"
+        left = (
+            f"{shutil.disk_usage(self.dir).free / 2**30:.1f} GiB are free there" if self.dir.is_dir() else "it is gone"
+        )
+        return RunError(f"step_{step} could not be written to '{self.dir}' ({left}): {reason}; earlier ones are intact")
 
 
 def publish(unfinished: Path, cfg: Checkpointing) -> None:
     """Make a folder that all ranks have written visible as step_N, then drop what is no longer kept."""
+    if not (unfinished / "run.json").exists():
+        raise FileNotFoundError(f"{unfinished} was removed while it was being written")  # by the run that came after
     for path in [*unfinished.rglob("*"), unfinished]:
-        handle = os.open(path, os.O_RDONLY)  # on disk before it has its name: the power may go too
-        os.fsync(handle)
-        os.close(handle)
+        flush(path)  # on disk before it has its name: the power may go too
     folder = unfinished.with_name(unfinished.name.removeprefix("tmp_"))
-    shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+    flush(folder.parent)
     complete = steps_in(folder.parent)
     scores = {n: json.loads((path / "metrics.json").read_text()).get(cfg.metric_name) for n, path in complete.items()}
     for step in complete.keys() - kept_steps(scores, cfg.keep_top_k, cfg.higher_is_better):
-        shutil.rmtree(complete[step])
+        remove(complete[step])
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(folder: Path) -> None:
+    """Rename, then remove: who dies half-way leaves nothing that looks like a checkpoint.
+
+    Does nothing if it is gone: ranks of a killed run may live for a moment and publish what they had written.
+    """
+    rest = tempfile.mkdtemp(prefix="tmp_step_", dir=folder.parent)
+    with suppress(FileNotFoundError):
+        folder.rename(rest)
+    shutil.rmtree(rest, ignore_errors=True)
 
 
 def kept_steps(scores: dict[int, float | None], keep_top_k: int | None, higher_is_better: bool) -> set[int]:
@@ -143,7 +181,7 @@ def kept_steps(scores: dict[int, float | None], keep_top_k: int | None, higher_i
 
 def steps_in(folder: Path) -> dict[int, Path]:
     """The complete checkpoints in a folder, by step."""
-    return {int(p.name[5:]): p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)}
+    return {int(p.name[5:]): p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and p.is_dir()}
 
 
 def read_run(folder: Path) -> dict[str, Any]:

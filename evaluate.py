@@ -1,25 +1,38 @@
 """Score a checkpoint: `python evaluate.py --model DIR_OR_NAME --data rows.jsonl [--k 16]`
 
-Samples `k` answers to every row with vLLM and the reward server, exactly as training does, and prints avg@k, pass@k and
-maj@k with 95 % bootstrap intervals over the rows. Every answer is written to `--output` as JSONL.
+Samples `k` answers to every row with vLLM and the reward server, exactly as training does, on all GPUs of this machine
+or on the CPU, and prints avg@k, pass@k and maj@k with 95 % bootstrap intervals over the rows. The output folder gets
+samples.jsonl (every answer), settings.json and metrics.json.
+
+Answers are written as rows finish, and the same command continues with the rows that are missing. Each row has its own
+seed, so that its answers do not depend on the others (exactly on the CPU; on a GPU rounding depends on the batch).
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import ray
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from config import ConfigError, Env, Generation, PolicyCfg, VllmCfg
+from config import Cluster, Colocated, Config, ConfigError, Env, Generation, PolicyCfg, VllmCfg
+from launch import STOPPED, RunError, Stopped, StopRequests, explain, start_ray
 from reward_client import UNVERIFIED, RewardClient
-from rollout import RolloutWorker
+from rollout import Group, RolloutEngines
 from rows import Rows, end_of_sequence_ids, load_tokenizer
+
+# ---------------------------------------------------------------- the numbers
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -45,105 +58,241 @@ def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
     return float(np.mean(values)), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="Hugging Face folder or name")
-    parser.add_argument("--data", required=True, help="rows of prepare_data.py")
-    parser.add_argument("--k", type=int, default=16, help="answers per row")
-    parser.add_argument("--limit", type=int, help="first N rows only")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--max-new-tokens", type=int, default=8192)
-    parser.add_argument("--max-total-sequence-length", type=int, default=10240)
-    parser.add_argument("--kv-cache-gib", type=float, help="KV cache of the engine (default: share of the GPU; CPU: 1)")
-    parser.add_argument("--reward-url", help="a running reward server; default: start one")
-    parser.add_argument("--output", type=Path, default=Path("results/evaluation"), help="folder")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def summarize(rows: list[list[dict]], k: int) -> dict[str, float]:
+    """avg@k, pass@j and maj@k of scored answers [row][answer], with `_low` and `_high` ends of their intervals.
+
+    Unverified answers are left out and counted. Where they are, pass@j of the row is pass@ of the answers it has.
+    Raises RunError if no answer was verified.
+    """
+    answers = [a for row in rows for a in row]
+    verified = [[a for a in row if a["status"] not in UNVERIFIED] for row in rows]
+    verified = [row for row in verified if row]
+    if not verified:
+        raise RunError("none of the answers could be verified; see reward_server.log in the output folder")
+    metrics: dict[str, float] = {
+        "rows": len(rows),
+        "answers": len(answers),
+        "num_unverified": sum(a["status"] in UNVERIFIED for a in answers),
+        "truncation_rate": float(np.mean([a["truncated"] for a in answers])),
+    }
+    rewards = [[a["reward"] for a in row] for row in verified]
+    series = {f"avg@{k}": [float(np.mean(row)) for row in rewards]}
+    for j in sorted({2**i for i in range(k.bit_length())} | {k}):
+        series[f"pass@{j}"] = [pass_at_k(len(row), sum(r > 0 for r in row), min(j, len(row))) for row in rewards]
+    series[f"maj@{k}"] = [
+        majority_is_right([a["extracted_answer"] for a in row], row_rewards)
+        for row, row_rewards in zip(verified, rewards, strict=True)
+    ]
+    for name, values in series.items():
+        metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = interval(values)
+    return metrics
+
+
+def report(metrics: dict[str, float]) -> None:
+    """Print them."""
+    for name in metrics:
+        if "@" in name and not name.endswith(("_low", "_high")):
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            print(f"{name:8} {metrics[name]:.3f}   95 % interval {low:.3f} to {high:.3f}")
+    print(f"{metrics['answers']} answers to {metrics['rows']} rows, {metrics['truncation_rate']:.1%} cut off, "
+          f"{metrics['num_unverified']} unverified")  # fmt: skip
+
+
+# ---------------------------------------------------------------- what is there already
+
+
+def settings_of(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
+    """What decides the answers: they are only continued under the same."""
+    folder = Path(args.model)
+    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return {
+        "model": str(folder.resolve()) if weights else args.model,
+        "weights": [[w.name, w.stat().st_size, w.stat().st_mtime_ns] for w in weights],
+        "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
+        "k": args.k,
+        "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+        "max_total_sequence_length": cfg.policy.max_total_sequence_length,
+        "precision": cfg.policy.precision,
+        "seed": args.seed,
+    }
+
+
+def check_settings(folder: Path, now: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder of these settings, or raise ConfigError if it has answers that others made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, samples = folder / "settings.json", folder / "samples.jsonl"
+    if overwrite:
+        samples.unlink(missing_ok=True)
+    if samples.exists():
+        before = json.loads(path.read_text()) if path.exists() else {}
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise ConfigError(
+                    f"{samples} was made with {name}={before.get(name)}, not {value}; choose another --output, or "
+                    "--overwrite"
+                )
+    path.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def finished_rows(path: Path, k: int) -> dict[int, list[dict]]:
+    """The `k` answers of each row that has all; the file is rewritten with these alone, in order.
+
+    A row that a death cut off is left out. Of a row that was scored again the later verdicts count.
+    """
+    rows: dict[int, list[dict]] = {}
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        if line.endswith("\n"):
+            answer = json.loads(line)
+            rows.setdefault(answer["row"], []).append(answer)
+    good = {r: answers[: len(answers) // k * k][-k:] for r, answers in sorted(rows.items()) if len(answers) >= k}
+    rewritten = path.with_name(f"{path.name}.tmp")
+    rewritten.write_text("".join(row_lines(answers) for answers in good.values()))
+    rewritten.rename(path)
+    return good
+
+
+def row_lines(answers: list[dict]) -> str:
+    return "".join(json.dumps(answer) + "\n" for answer in answers)
+
+
+# ---------------------------------------------------------------- the run
+
+
+def configure(args: argparse.Namespace) -> Config:
+    """The engines' configuration: one per GPU, in the precision and within the length that the model was saved with."""
+    gpus = torch.cuda.device_count()
+    engines = args.engines or max(1, gpus)
+    if gpus and engines > gpus:
+        raise ConfigError(f"--engines {engines} is more than the {gpus} GPUs here, and each needs one")
     try:
-        evaluate(args)
-    except ConfigError as e:
-        sys.exit(f"error: {e}")
+        model = AutoConfig.from_pretrained(args.model)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot load --model {args.model}: {' '.join(str(e).split())[:200]}") from None
+    saved_in = str(model.dtype).removeprefix("torch.")
+    precision = saved_in if saved_in in ("bfloat16", "float32") else "bfloat16" if gpus else "float32"
+    longest = getattr(model, "max_position_embeddings", None) or args.max_total_sequence_length
+    length = min(args.max_total_sequence_length, longest)
+    gib = args.kv_cache_gib or (None if gpus else 1)
+    engine = VllmCfg(
+        max_model_len=length, kv_cache_memory_bytes=int(gib * 2**30) if gib else None, enforce_eager=not gpus
+    )
+    generation = Generation(max_new_tokens=args.max_new_tokens, vllm_cfg=engine, colocated=Colocated(sleep=False))
+    return Config(
+        policy=PolicyCfg(
+            model_name=args.model, precision=precision, max_total_sequence_length=length, generation=generation
+        ),
+        cluster=Cluster(num_nodes=1, gpus_per_node=engines if gpus else 0, cpu_ranks_per_node=engines, timeout_s=7200),
+    )
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
-    """Sample, score, print and write. Returns the metrics."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    tokenizer = load_tokenizer(args.model)
-    data = Rows(args.data, tokenizer, args.max_total_sequence_length)
-    args.output.mkdir(parents=True, exist_ok=True)
-    gib = args.kv_cache_gib or (1 if device == "cpu" else None)
-    engine = RolloutWorker(
-        PolicyCfg(
-            model_name=args.model,
-            precision="float32" if device == "cpu" else "bfloat16",
-            max_total_sequence_length=args.max_total_sequence_length,
-            generation=Generation(
-                max_new_tokens=args.max_new_tokens,
-                vllm_cfg=VllmCfg(
-                    max_model_len=args.max_total_sequence_length,
-                    kv_cache_memory_bytes=int(gib * 2**30) if gib else None,
-                    enforce_eager=device == "cpu",
-                ),
-            ),
-        ),
-        args.seed,
-        device,
-        model_name=args.model,
-    )
+    """Sample and score the rows that are missing, then summarize all. Returns the metrics."""
+    cfg, tokenizer = configure(args), load_tokenizer(args.model)
+    data = Rows(args.data, tokenizer, cfg.policy.max_total_sequence_length)
+    check_settings(args.output, settings_of(args, cfg), args.overwrite)
+    samples = args.output / "samples.jsonl"
+    wanted, done = range(len(data))[: args.limit], finished_rows(samples, args.k)
+    missing = [row for row in wanted if row not in done]
+    unscored = [done[row] for row in wanted if row in done and any(a["status"] == "unreachable" for a in done[row])]
+    if len(missing) < len(wanted):
+        print(f"{samples} has {len(wanted) - len(missing)} of {len(wanted)} rows, {len(unscored)} of them to be scored")
+    if missing or unscored:
+        add_rows(args, cfg, tokenizer, data, missing, unscored)
+        done = finished_rows(samples, args.k)
+    metrics = summarize([done[row] for row in wanted], args.k)
+    report(metrics)
+    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    print(f"wrote {samples} and metrics.json")
+    return metrics
+
+
+def add_rows(
+    args: argparse.Namespace, cfg: Config, tokenizer: Any, data: Rows, missing: list[int], unscored: list[list[dict]]
+) -> None:
+    """Append to samples.jsonl `k` answers to each `missing` row, and new verdicts on those `unscored`, as they come."""
     rewards = RewardClient(Env(reward_url=args.reward_url, reward_workers=os.cpu_count() or 2), args.output)
-    prompts = list(enumerate(data.prompt_ids[: args.limit]))
-    pending, lines = [], []
+    scoring: list[tuple[list[dict], Future]] = []  # the answers to one row each
     try:
-        with tqdm(total=len(prompts), desc="generate", disable=None) as progress:
-            stop_ids = end_of_sequence_ids(args.model, tokenizer)
-            for groups in engine.generate(prompts, args.k, args.seed, stop_ids, args.temperature):
-                for g in groups:
-                    texts = tokenizer.batch_decode(g.response_ids, skip_special_tokens=True)
-                    verdicts = rewards.submit(texts, data.rows[g.index]["expected_answer"])
-                    pending.append((g, texts, verdicts))
-                progress.update(len(groups))
-        for g, texts, future in sorted(pending, key=lambda p: p[0].index):
-            parts = zip(texts, g.finish_reasons, future.result(), strict=True)
-            lines += [{"row": g.index, "text": t, "truncated": why == "length", **v} for t, why, v in parts]
+        with (args.output / "samples.jsonl").open("a") as file, tqdm(total=len(missing), disable=None) as progress:
+
+            def score(answers: list[dict]) -> None:
+                expected = data.rows[answers[0]["row"]]["expected_answer"]
+                scoring.append((answers, rewards.submit([a["text"] for a in answers], expected)))
+
+            def write_scored(wait: bool) -> None:
+                while scoring and (wait or scoring[0][1].done()):
+                    answers, verdicts = scoring.pop(0)
+                    file.write(row_lines([a | v for a, v in zip(answers, verdicts.result(), strict=True)]))
+                    file.flush()
+
+            for answers in unscored:
+                score(answers)
+            for group in sample(args, cfg, tokenizer, [data.prompt_ids[row] for row in missing], missing):
+                texts = tokenizer.batch_decode(group.response_ids, skip_special_tokens=True)
+                parts = zip(texts, group.finish_reasons, strict=True)
+                score([{"row": missing[group.index], "text": t, "truncated": why == "length"} for t, why in parts])
+                write_scored(wait=False)
+                progress.update()
+            write_scored(wait=True)
     finally:
         rewards.close()
-    metrics = summarize(lines, args.k)
-    (args.output / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    print(f"wrote {args.output}/samples.jsonl and metrics.json")
-    return metrics
 
 
-def summarize(lines: list[dict], k: int) -> dict[str, float]:
-    """avg@k, pass@j and maj@k of scored answers, printed and returned. Unverified answers are left out and counted."""
-    rows: dict[int, list[dict]] = {}
-    for line in lines:
-        rows.setdefault(line["row"], []).append(line)
-    verified = [[a for a in answers if a["status"] not in UNVERIFIED] for answers in rows.values()]
-    verified = [answers for answers in verified if answers]
-    metrics: dict[str, float] = {
-        "rows": len(rows),
-        "answers": len(lines),
-        "num_unverified": sum(line["status"] in UNVERIFIED for line in lines),
-        "truncation_rate": float(np.mean([line["truncated"] for line in lines])),
-    }
-    counts = [(len(answers), sum(a["reward"] > 0 for a in answers)) for answers in verified]
-    series = {f"avg@{k}": [float(np.mean([a["reward"] for a in answers])) for answers in verified]}
-    for j in sorted({1, k // 2, k} - {0}):
-        series[f"pass@{j}"] = [pass_at_k(n, c, min(j, n)) for n, c in counts]
-    series[f"maj@{k}"] = [
-        majority_is_right([a["extracted_answer"] for a in answers], [a["reward"] for a in answers])
-        for answers in verified
-    ]
-    for name, values in series.items():
-        mean, low, high = interval(values)
-        metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-        print(f"{name:8} {mean:.3f}   95 % interval {low:.3f} to {high:.3f}")
-    print(f"{metrics['answers']} answers to {metrics['rows']} rows, {metrics['truncation_rate']:.1%} cut off, "
-          f"{metrics['num_unverified']} unverified")  # fmt: skip
-    return metrics
+def sample(
+    args: argparse.Namespace, cfg: Config, tokenizer: Any, prompts: list[list[int]], rows: list[int]
+) -> Iterator[Group]:
+    """`k` answers to each prompt, in the order they finish; the seeds depend on the number of the row alone."""
+    if prompts:
+        engines = RolloutEngines(cfg, start_ray(cfg, StopRequests(None)), model_name=args.model)
+        seeds = [args.seed * 2**31 + row * args.k for row in rows]  # vLLM adds the number of the answer
+        yield from engines.generate(
+            prompts, args.k, seeds, end_of_sequence_ids(args.model, tokenizer), args.temperature
+        )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder or name")
+    parser.add_argument("--data", required=True, help="rows of prepare_data.py")
+    parser.add_argument("--k", type=int, default=16, help="answers per row (default 16)")
+    parser.add_argument("--limit", type=int, help="first N rows only")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int, default=8192)
+    parser.add_argument("--max-total-sequence-length", type=int, default=10240, help="at most what the model allows")
+    parser.add_argument("--engines", type=int, help="vLLM engines (default: one per GPU, one on the CPU)")
+    parser.add_argument("--kv-cache-gib", type=float, help="KV cache of an engine (default: share of the GPU; CPU: 1)")
+    parser.add_argument("--reward-url", help="a running reward server; default: start one")
+    parser.add_argument("--output", type=Path, help="folder (default: results/evaluation/MODEL/DATA)")
+    parser.add_argument("--overwrite", action="store_true", help="forget the answers that are there")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for name in ("k", "limit", "engines", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.temperature < 0 or (args.temperature == 0 and args.k > 1):
+        parser.error("--temperature must be above 0, or 0 with --k 1: greedy answers are all the same")
+    model, data = ("_".join(Path(path).parts[-2:]).strip("/") for path in (args.model, args.data))
+    args.output = args.output or Path("results/evaluation") / model / Path(data).stem
+    return args
+
+
+def main() -> None:
+    try:
+        evaluate(parse_args())
+    except (ConfigError, RunError) as e:
+        sys.exit(f"error: {e}")
+    except Stopped as e:
+        print(f"stopped by {e}; the same command continues", file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the same command continues")
+    except Exception as e:
+        print(f"error: {explain(e)}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
         ray.init(address="auto", runtime_env=env, log_to_driver=False)
     else:
         ray.init(
-            num_cpus=max(os.cpu_count() or 1, cfg.num_bundles), include_dashboard=False, log_to_driver=False,
-            runtime_env=env, logging_level="error",
+            address="local", num_cpus=max(os.cpu_count() or 1, cfg.num_bundles), include_dashboard=False,
+            log_to_driver=False, runtime_env=env, logging_level="error",
         )  # fmt: skip
     stop.listen()  # again: ray.init put in a handler that would print a native stack trace and skip our clean-up
     bundle = {"CPU": 1, "GPU": 1} if cfg.device == "cuda" else {"CPU": 1}

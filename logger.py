@@ -149,11 +149,12 @@ class Logger:
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.metrics_file.flush()
+        metrics = {name.replace("val:", "validation/"): value for name, value in metrics.items()}
         if self.wandb:
             self.wandb.log(metrics, step=step)
         if self.tensorboard:
             for name, value in metrics.items():
-                self.tensorboard.add_scalar(name.replace(":", "/"), value, step)
+                self.tensorboard.add_scalar(name, value, step)
 
     def save_failed_step(self, samples: list[Any]) -> Path:
         """All answers of a step that went wrong, for inspection; returns the file."""

@@ -67,20 +67,29 @@ class RolloutWorker:
         return True
 
     def generate(
-        self, prompts: list[tuple[int, list[int]]], n: int, seed: int, stop_token_ids: list[int], temperature: float
+        self,
+        prompts: list[tuple[int, list[int]]],
+        n: int,
+        seed: int | list[int],
+        stop_token_ids: list[int],
+        temperature: float,
     ) -> Iterator[list[Group]]:
         """Sample `n` answers to each (index, token ids) and yield groups as they finish.
 
         `seed` fixes this call's samples whatever ran before (given the same hardware), so a resumed run repeats them.
+        With one seed per prompt (slower) they do not depend on which other prompts there are either.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        torch.manual_seed(seed)  # vLLM samples from torch's generator or, in its newer runner, seeds each
-        np.random.seed(seed % 2**32)  # request from numpy's
-        for index, ids in prompts:
+        seeds: list[int | None] = seed if isinstance(seed, list) else [None] * len(prompts)
+        if isinstance(seed, int):
+            torch.manual_seed(seed)  # vLLM samples from torch's generator or, in its newer runner, seeds each
+            np.random.seed(seed % 2**32)  # request from numpy's
+        for (index, ids), own_seed in zip(prompts, seeds, strict=True):
             params = SamplingParams(
                 n=n,
+                seed=own_seed,
                 temperature=temperature,
                 max_tokens=min(self.cfg.generation.max_new_tokens, self.cfg.max_total_sequence_length - len(ids)),
                 stop_token_ids=stop_token_ids,
@@ -153,7 +162,8 @@ def use_float32_logits() -> None:
 class RolloutEngines:
     """All engines as one object for the training loop. Every call has a deadline and names what did not answer."""
 
-    def __init__(self, cfg: Config, placement: Any):
+    def __init__(self, cfg: Config, placement: Any, model_name: str | None = None):
+        """`model_name`: as for `RolloutWorker`."""
         self.cfg, self.timeout_s = cfg, cfg.cluster.timeout_s
         colocated, gpu = cfg.policy.generation.colocated, cfg.device == "cuda"
         self.sleeps = gpu and colocated.enabled and colocated.sleep
@@ -169,7 +179,7 @@ class RolloutEngines:
                 num_gpus=share if gpu else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
                 runtime_env={"env_vars": {} if gpu else cpu_env},
-            ).remote(cfg.policy, cfg.grpo.seed + i, cfg.device, timeout_s=self.timeout_s)
+            ).remote(cfg.policy, cfg.grpo.seed + i, cfg.device, model_name, self.timeout_s)
             for i, bundle in enumerate(cfg.engine_bundles)
         ]
 
@@ -181,11 +191,17 @@ class RolloutEngines:
         return ray.get([getattr(w, method).remote(*args) for w in self.workers], timeout=self.timeout_s)
 
     def generate(
-        self, prompts: list[list[int]], n: int, seed: int, stop_token_ids: list[int], temperature: float | None = None
+        self,
+        prompts: list[list[int]],
+        n: int,
+        seed: int | list[int],
+        stop_token_ids: list[int],
+        temperature: float | None = None,
     ) -> Iterator[Group]:
         """Sample `n` answers to every prompt (token ids); yields one `Group` a prompt, in the order they finish.
 
-        Prompts are dealt to the engines in turn; each engine draws from its own seed. Raises TimeoutError when no
+        Prompts are dealt to the engines in turn; each engine draws from its own seed, or with a list of seeds each
+        prompt from its own. Raises TimeoutError when no
         engine has finished a group for `cluster.timeout_s`.
         """
         if temperature is None:
@@ -193,7 +209,11 @@ class RolloutEngines:
         count = len(self.workers)
         streams = [
             w.generate.options(num_returns="streaming").remote(
-                list(enumerate(prompts))[i::count], n, seed * count + i, stop_token_ids, temperature
+                list(enumerate(prompts))[i::count],
+                n,
+                seed[i::count] if isinstance(seed, list) else seed * count + i,
+                stop_token_ids,
+                temperature,
             )
             for i, w in enumerate(self.workers)
         ]

@@ -519,7 +519,10 @@ VALIDATION_SEED = 1_000_000_000  # far from the training steps' seeds, and the s
 
 
 def validate(run: Run, rows: Rows, step: int) -> dict[str, float]:
-    """Mean accuracy of the validation rows, `grpo.num_val_generations_per_prompt` sampled answers each."""
+    """Mean accuracy of the validation rows, `grpo.num_val_generations_per_prompt` sampled answers each.
+
+    Answers that could not be verified do not count as wrong; without any other the accuracy is NaN.
+    """
     g, found = run.cfg.grpo, []
     indices = list(range(len(rows)))[: g.max_val_samples]
     size = g.val_batch_size or len(indices)
@@ -527,8 +530,10 @@ def validate(run: Run, rows: Rows, step: int) -> dict[str, float]:
         for start in range(0, len(indices), size):
             n, part = g.num_val_generations_per_prompt, indices[start : start + size]
             found += sample_and_score(run, rows, part, n, seed=VALIDATION_SEED + start)
+    verified = [s.reward for s in found if s.verified]
     metrics = {
-        "val:accuracy": float(np.mean([s.reward for s in found])),
+        "val:accuracy": float(np.mean(verified)) if verified else math.nan,
+        "val:num_unverified": len(found) - len(verified),
         "val:avg_length": float(np.mean([len(s.response_ids) for s in found])),
         "val:truncation_rate": float(np.mean([s.truncated for s in found])),
     }

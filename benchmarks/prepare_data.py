@@ -8,7 +8,6 @@ prints one JSON line: rows, seconds, peak memory of that process. Target: 1.8 M 
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -79,13 +78,15 @@ def main() -> None:
             "parquet_mb": round(source.stat().st_size / 1e6),
             "jsonl_mb": round((Path(tmp) / "out" / "train.jsonl").stat().st_size / 1e6),
             "cpus": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
             "pyarrow": pyarrow.__version__,
             "exit_code": os.waitstatus_to_exitcode(status),
         }
+    from environment import environment  # only now: it loads torch, and see above
+
+    result["environment"] = environment()
     print(json.dumps(result))
     if args.results:
-        args.results.write_text(json.dumps(result) + "\n")
+        args.results.write_text(json.dumps(result, indent=1) + "\n")
 
 
 _WRITE = f"""

@@ -1,22 +1,51 @@
 """Checkpoints and resume of the real script: bit for bit after any death, who may continue what, what is kept."""
 
+import dataclasses
+import json
+import math
+import re
+import resource
+import shutil
 import subprocess
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from test_run import BATCH, command, read
+import torch.multiprocessing as mp
+from conftest import ROOT
+from test_policy import counts, free_address, random_batch
+from test_run import BATCH, children, command, read, wait_for
 
-STEPS = 4
+from checkpoint import Checkpoints, Position, kept_steps, publish, steps_in
+from config import Checkpointing, ConfigError, load_config, seconds
+from launch import RunError, Stopped, StopRequests
+from policy import PolicyWorker
+from train_grpo import grpo_loss
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def base(arithmetic_rows, tmp_path_factory) -> list[str]:
+    """Few rows and dynamic sampling: the position in the data is not the step, and runs cross epochs."""
+    rows = tmp_path_factory.mktemp("few") / "train.jsonl"
+    rows.write_text("".join((arithmetic_rows / "train.jsonl").read_text().splitlines(keepends=True)[:32]))
+    return [
+        *BATCH, f"data.train_jsonl_fpath={rows}", f"data.validation_jsonl_fpath={arithmetic_rows}/validation.jsonl",
+        "grpo.val_period=2", "grpo.max_num_epochs=100", "grpo.num_val_generations_per_prompt=2",
+        "grpo.use_dynamic_sampling=true", "grpo.dynamic_sampling_max_gen_batches=2", f"grpo.max_num_steps={STEPS}",
+        "policy.scheduler.warmup_steps=3", "checkpointing.save_period=1", "checkpointing.keep_top_k=null",
+        "logger.num_rollouts_to_save=-1",
+    ]  # fmt: skip
 
 
 def overrides(base: list[str], model: Path, folder: Path, *more: str) -> list[str]:
-    return [
-        *base, *BATCH, f"policy.model_name={model}", f"logger.log_dir={folder}/logs", "grpo.val_period=2",
-        f"checkpointing.checkpoint_dir={folder}/checkpoints", "checkpointing.save_period=1",
-        "checkpointing.keep_top_k=null", f"grpo.max_num_steps={STEPS}", "policy.scheduler.warmup_steps=3",
-        "logger.num_rollouts_to_save=-1", *more,
-    ]  # fmt: skip
+    paths = [f"logger.log_dir={folder}/logs", f"checkpointing.checkpoint_dir={folder}/checkpoints"]
+    return [*base, f"policy.model_name={model}", *paths, *more]
 
 
 def timeless(path: Path) -> list[dict]:
@@ -25,53 +54,420 @@ def timeless(path: Path) -> list[dict]:
 
 
 def training_state(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state of a checkpoint, put together from all ranks' shards."""
+    """Weights, optimizer and random state of a checkpoint, put together from all ranks' shards."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     dcp_to_torch_save(folder / "training_state", folder.parent / "state.pt")
     return torch.load(folder.parent / "state.pt")
 
 
-def assert_same_run(a: Path, b: Path, step: int = STEPS) -> None:
-    """Metrics, every answer, safetensors, float32 weights and optimizer state: bit for bit."""
+def assert_same_run(a: Path, b: Path, ranks: int) -> None:
+    """Metrics, every answer, safetensors, float32 weights, optimizer and random state: bit for bit."""
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert timeless(a / "logs" / name) == timeless(b / "logs" / name), name
-    last = [folder / "checkpoints" / f"step_{step}" for folder in (a, b)]
+    last = [folder / "checkpoints" / f"step_{STEPS}" for folder in (a, b)]
     assert (last[0] / "model.safetensors").read_bytes() == (last[1] / "model.safetensors").read_bytes()
     one, two = (training_state(folder) for folder in last)
     assert one.keys() == two.keys()
+    assert {name for name in one if name.startswith("random.")} == {f"random.{rank}" for rank in range(ranks)}
     assert len([name for name in one if name.startswith("exp_avg_sq.")]) > 20
     for name in one:
         assert torch.equal(one[name], two[name]), name
+    positions = [json.loads((folder / "run.json").read_text())["position"] for folder in last]
+    assert positions[0]["batches_drawn"] == positions[1]["batches_drawn"] > STEPS  # dynamic sampling had work to do
 
 
-def run_script(given: list[str], cwd: Path, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(given), capture_output=True, text=True, timeout=150, cwd=cwd)
-    assert done.returncode == code, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
-    return done
+def run_script(given: list[str], folder: Path) -> str:
+    done = subprocess.run(command(given), capture_output=True, text=True, timeout=150, cwd=folder)
+    assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
+    return done.stdout
 
 
-@pytest.fixture(scope="module")
-def base(arithmetic_rows) -> list[str]:
-    return [
-        f"data.train_jsonl_fpath={arithmetic_rows}/train.jsonl",
-        f"data.validation_jsonl_fpath={arithmetic_rows}/validation.jsonl",
-    ]
+class Started:
+    """The script as a process that can be killed; on leaving, with all it started."""
+
+    def __init__(self, given: list[str], folder: Path):
+        self.stdout, self.folder = folder / "stdout", folder
+        with self.stdout.open("w") as out, (folder / "stderr").open("w") as err:
+            self.process = subprocess.Popen(command(given), stdout=out, stderr=err, cwd=folder)
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.kill()
+
+    def wait_for(self, condition, what: str):
+        def or_ended():
+            assert self.process.poll() is None, f"ended before {what}: {(self.folder / 'stderr').read_text()[-3000:]}"
+            return condition()
+
+        return wait_for(or_ended, 120, what, pause=0.0005)
+
+    def kill(self) -> None:
+        """SIGKILL, also to what is suspended. All else ends by itself, Ray's agents up to a minute later."""
+        if self.process.poll() is None:
+            script = psutil.Process(self.process.pid)
+            family, agents = script.children(recursive=True), children(script, "Agent")
+            suspended = [p for p in children(script, "ray::") if p.status() == psutil.STATUS_STOPPED]
+            for process in [self.process, *suspended]:
+                process.kill()
+            self.process.wait()
+            assert psutil.wait_procs([p for p in family if p not in agents], timeout=30)[1] == []
+            for agent in agents:
+                with suppress(psutil.NoSuchProcess):
+                    agent.kill()
+
+
+def kill_in_a_step(given: list[str], folder: Path) -> None:
+    """SIGKILL the script in step 4, while it samples."""
+    with Started(given, folder) as run:
+        run.wait_for(lambda: f"Step 4/{STEPS}" in run.stdout.read_text(), "step 4")
+
+
+def kill_in_a_save(given: list[str], folder: Path) -> Path:
+    """SIGKILL the script and its ranks while they write a checkpoint; returns what they leave half-written."""
+    checkpoints = folder / "checkpoints"
+    with Started(given, folder) as run:
+        run.wait_for(lambda: (checkpoints / "step_1").exists(), "the first checkpoint")
+        ranks = children(psutil.Process(run.process.pid), "ray::PolicyWorker")
+        while True:
+            unfinished = run.wait_for(lambda: list(checkpoints.glob("tmp_step_*/run.json")), "a save")[0].parent
+            for rank in ranks:
+                rank.suspend()
+            if unfinished.exists():  # otherwise they were faster: wait for the next
+                break
+            for rank in ranks:
+                rank.resume()
+    return unfinished
 
 
 @pytest.fixture(scope="module")
 def whole(base, warm_model, tmp_path_factory) -> Path:
-    """Four steps without interruption."""
+    """All steps without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     run_script(overrides(base, warm_model, folder), folder)
     return folder
 
 
 @pytest.mark.slow
-def test_two_and_two_steps_are_four(base, warm_model, whole, tmp_path):
+def test_a_stop_and_a_kill_in_a_step_change_nothing(base, warm_model, whole, tmp_path):
+    """Two steps; two more by a process that is killed; the rest."""
     given = overrides(base, warm_model, tmp_path)
     run_script([*given, "grpo.max_num_steps=2"], tmp_path)
-    done = run_script(given, tmp_path)
-    assert "continuing after step 2" in done.stdout
-    assert "Step 2/4" not in done.stdout
-    assert_same_run(whole, tmp_path)
+    kill_in_a_step(given, tmp_path)
+    assert "continuing after step 2" in (tmp_path / "stdout").read_text()
+    newest = max(steps_in(tmp_path / "checkpoints"))
+    assert newest in (2, 3)  # the third was being written
+    printed = run_script(given, tmp_path)
+    assert f"continuing after step {newest}" in printed
+    assert f"Step {newest}/{STEPS}" not in printed
+    assert_same_run(whole, tmp_path, ranks=1)
+
+
+@pytest.mark.slow
+def test_two_ranks_and_a_kill_in_a_save_change_nothing(base, warm_model, tmp_path):
+    """The half-written checkpoint is ignored and removed, the one before is intact."""
+    once, again = tmp_path / "once", tmp_path / "again"
+    for folder in (once, again):
+        folder.mkdir()
+    two = "cluster.cpu_ranks_per_node=2"
+    run_script(overrides(base, warm_model, once, two), once)
+    given = overrides(base, warm_model, again, two)
+    unfinished = kill_in_a_save(given, again)
+    newest = int(unfinished.name.removeprefix("tmp_step_")) - 1
+    assert unfinished.exists()
+    assert max(steps_in(again / "checkpoints")) == newest
+    assert f"continuing after step {newest}" in run_script(given, again)
+    assert not list((again / "checkpoints").glob("tmp_*"))
+    assert_same_run(once, again, ranks=2)
+
+
+# ---------------------------------------------------------------- who may continue what
+
+
+@pytest.fixture
+def opened(base, warm_model, whole):
+    """Open the finished run's checkpoints with other settings, as a run that continues them does."""
+
+    def open_with(*more: str) -> Checkpoints:
+        recipe = ROOT / "recipes" / "quickstart.yaml"
+        return Checkpoints(load_config(recipe, overrides(base, warm_model, whole, *more)))
+
+    return open_with
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_other_data_are_refused(opened, base, whole, tmp_path):
+    rows = Path(base[len(BATCH)].partition("=")[2])
+    (tmp_path / "copy.jsonl").write_text(rows.read_text())
+    assert opened(f"data.train_jsonl_fpath={tmp_path}/copy.jsonl").position.step == STEPS  # contents count, not names
+    (tmp_path / "other.jsonl").write_text(rows.read_text().replace("What", "what", 1))
+    with pytest.raises(ConfigError) as error:
+        opened(f"data.train_jsonl_fpath={tmp_path}/other.jsonl")
+    said = one_line(error)
+    assert said.startswith(f"data.train_jsonl_fpath='{tmp_path}/other.jsonl' has other contents than when '{whole}")
+    assert "sha256" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("policy.optimizer.lr=0.001", "policy.optimizer.lr was 0.0004 and is 0.001: to continue '"),
+        ("grpo.seed=43", "grpo.seed was 42 and is 43"),
+        ("loss_fn.variant=gspo", "loss_fn.variant was grpo and is gspo"),
+        ("policy.generation.temperature=0.5", "policy.generation.temperature was 1.0 and is 0.5"),
+        ("policy.model_name=elsewhere", "is elsewhere"),
+    ],
+)
+def test_another_experiment_is_refused(opened, override, words):
+    with pytest.raises(ConfigError) as error:
+        opened(override)
+    assert words in one_line(error)
+    assert "to start anew choose another checkpointing.checkpoint_dir" in one_line(error)
+
+
+@pytest.mark.slow
+def test_more_steps_other_limits_and_other_machines_are_accepted(opened, capsys):
+    checkpoints = opened("grpo.max_num_steps=99", "logger.num_rollouts_to_save=0", "cluster.cpu_ranks_per_node=2")
+    assert checkpoints.position.step == STEPS
+    assert "1 ranks became 2: weights and optimizer state are redistributed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder_are_refused(opened):
+    first = opened()
+    with pytest.raises(ConfigError, match="another run is writing to checkpointing.checkpoint_dir="):
+        opened()
+    del first
+    assert opened().position.step == STEPS
+
+
+def config_of(folder: Path, quickstart_overrides: list[str], *more: str):
+    given = [*quickstart_overrides, f"checkpointing.checkpoint_dir={folder}", *more]
+    return load_config(ROOT / "recipes" / "quickstart.yaml", given)
+
+
+def test_folders_that_are_no_checkpoints(quickstart_overrides, tmp_path):
+    for name in ("tmp_step_9/training_state", "tmp_step_rest", "step_x", "step_7/training_state"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"step_7' cannot be resumed, it has no readable run.json"):
+        Checkpoints(config_of(tmp_path / "runs", quickstart_overrides))
+    shutil.rmtree(tmp_path / "runs" / "step_7")
+    assert Checkpoints(config_of(tmp_path / "runs", quickstart_overrides)).position == Position()
+    assert [p.name for p in (tmp_path / "runs").glob("*step*")] == ["step_x"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot write to checkpointing.checkpoint_dir='.*file/runs' \(Not a dir"):
+        Checkpoints(config_of(tmp_path / "file" / "runs", quickstart_overrides))
+
+
+# ---------------------------------------------------------------- writing
+
+
+class InProcess:
+    """One rank as the Policy that Checkpoints talks to, without Ray between."""
+
+    def __init__(self, worker: PolicyWorker):
+        self.save, self.load = (lambda folder, done: worker.save(str(folder), done)), worker.load
+        self.wait_saved = lambda: [worker.wait_saved()]
+
+
+def start_worker(cfg, rank: int, world_size: int, address: str) -> PolicyWorker:
+    torch.set_num_threads(1)
+    worker = PolicyWorker(cfg.policy, rank, world_size, "cpu", timeout_s=60)
+    worker.setup(address)
+    return worker
+
+
+def step(worker: PolicyWorker, cfg, seed: int) -> None:
+    batch = random_batch(8, seed)
+    worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts(batch)})
+
+
+def snapshot(worker: PolicyWorker) -> dict[str, torch.Tensor]:
+    """Copies of this rank's weights, optimizer and random state."""
+    state = worker._training_state()
+    return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).clone() for k, v in state.items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], but: str = "nothing") -> None:
+    for name in a.keys() | b.keys():
+        assert name.startswith(but) or torch.equal(a[name], b[name]), name
+
+
+def spawn(function, world_size: int, *args) -> None:
+    ranks = mp.spawn(function, (world_size, free_address(), *args), world_size, join=False)
+    deadline = time.monotonic() + 90
+    while not ranks.join(timeout=1):  # raises what a rank raised
+        assert time.monotonic() < deadline, "the ranks did not finish"
+
+
+def rank_that_saves(rank: int, world_size: int, address: str, cfg) -> None:
+    worker = start_worker(cfg, rank, world_size, address)
+    policy, checkpoints = InProcess(worker), Checkpoints(cfg)
+    step(worker, cfg, 1)
+    first, gate = snapshot(worker), threading.Event()
+    worker._writer.submit(gate.wait, 60)  # the thread that writes has other work for as long as we like,
+    checkpoints.save(policy, Position(1), None)
+    step(worker, cfg, 2)  # and the next step does not wait for it
+    assert {p.name for p in checkpoints.dir.glob("*step*")} == {"tmp_step_1"}
+    second = snapshot(worker)
+    assert not torch.equal(first["weight.lm.model.norm.weight"], second["weight.lm.model.norm.weight"])
+    gate.set()
+    checkpoints.wait(policy)
+    worker.load(str(checkpoints.dir / "step_1" / "training_state"))
+    assert_equal(first, snapshot(worker))  # what was saved is the state before that step
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # a disk that takes no more
+    checkpoints.save(policy, Position(2), None)
+    with pytest.raises(RunError) as error:
+        checkpoints.wait(policy)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    said = rf"step_2 could not be written to '{checkpoints.dir}' \([\d.]+ GiB are free there\): .+"
+    assert re.fullmatch(f"{said}; earlier ones are intact", one_line(error))
+    assert list(steps_in(checkpoints.dir)) == [1]
+    worker.load(str(checkpoints.dir / "step_1" / "training_state"))
+    assert_equal(first, snapshot(worker))
+
+
+@pytest.mark.slow
+def test_saving_does_not_hold_up_the_next_step_and_a_full_disk_loses_nothing(quickstart_overrides):
+    spawn(rank_that_saves, 1, config_of(Path(quickstart_overrides[-1].partition("=")[2]), quickstart_overrides))
+
+
+def ranks_that_save(rank: int, world_size: int, address: str, cfg, folder: str) -> None:
+    """Save after two updates, and leave there what follows; a third update and other random numbers are undone."""
+    worker = start_worker(cfg, rank, world_size, address)
+    for seed in (1, 2):
+        step(worker, cfg, seed)
+    torch.rand(1 + rank)
+    state = snapshot(worker)
+    assert not torch.equal(torch.rand(1), torch.zeros(1))
+    torch.set_rng_state(state[f"random.{rank}"])
+    worker.save(folder, lambda: None)
+    drawn = torch.rand(3)
+    step(worker, cfg, 3)
+    assert worker.wait_saved()[0] is None
+    after = snapshot(worker)
+    worker.load(f"{folder}/training_state")
+    assert_equal(state, snapshot(worker))
+    assert torch.equal(torch.rand(3), drawn)
+    if rank == 0:
+        torch.save((state, after), f"{folder}/expected.pt")
+
+
+def rank_that_continues(rank: int, world_size: int, address: str, cfg, folder: str) -> None:
+    worker = start_worker(cfg, rank, world_size, address)
+    worker.load(f"{folder}/training_state")
+    state, after = torch.load(f"{folder}/expected.pt")
+    assert_equal(state, snapshot(worker))
+    step(worker, cfg, 3)
+    for name, value in snapshot(worker).items():
+        if not name.startswith("random."):
+            torch.testing.assert_close(value, after[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_what_two_ranks_saved_one_continues(quickstart_overrides, tmp_path):
+    """The same weights and optimizer state exactly, and the same next step but for rounding."""
+    cfg = config_of(tmp_path, quickstart_overrides, "policy.optimizer.eps=1e-3")
+    spawn(ranks_that_save, 2, cfg, str(tmp_path))
+    spawn(rank_that_continues, 1, cfg, str(tmp_path))
+
+
+# ---------------------------------------------------------------- what is kept, and when to stop
+
+NAN = math.nan
+KEPT = {
+    "best and latest": ({1: 0.5, 2: 0.9, 3: 0.7, 4: 0.1}, 1, True, {2, 4}),
+    "latest among the best": ({1: 0.5, 2: 0.9, 3: 0.7}, 2, True, {2, 3}),
+    "ties: newer": ({1: 0.5, 2: 0.5, 3: 0.5, 4: 0.1}, 2, True, {2, 3, 4}),
+    "lower is better": ({1: 0.5, 2: 0.9, 3: 0.1, 4: 0.7}, 1, False, {3, 4}),
+    "ties, lower is better": ({1: 0.5, 2: 0.5, 3: 0.9}, 1, False, {2, 3}),
+    "missing last": ({1: 0.1, 2: None, 3: None, 4: 0.0, 5: None}, 2, True, {1, 4, 5}),
+    "missing last, lower is better": ({1: 0.1, 2: None, 3: 7.0, 4: None}, 2, False, {1, 3, 4}),
+    "missing by age": ({1: None, 2: None, 3: None, 4: None}, 2, True, {3, 4}),
+    "not a number last": ({1: 0.0, 2: NAN, 3: NAN}, 1, True, {1, 3}),
+    "not a number is missing": ({1: None, 2: NAN, 3: None}, 2, True, {2, 3}),
+    "infinite": ({1: math.inf, 2: -math.inf, 3: 0.0, 4: 0.0}, 1, True, {1, 4}),
+    "all": ({1: 0.5, 2: None, 3: NAN}, None, True, {1, 2, 3}),
+    "only the latest": ({1: 0.9, 2: 0.1}, 0, True, {2}),
+    "fewer than wanted": ({7: 0.1}, 3, True, {7}),
+    "numbers, not names": ({9: 0.1, 10: 0.2, 11: 0.0}, 1, True, {10, 11}),
+    "none": ({}, 3, True, set()),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_kept_steps(case):
+    scores, keep, higher, expected = KEPT[case]
+    assert kept_steps(scores, keep, higher) == expected
+    assert kept_steps(dict(reversed(scores.items())), keep, higher) == expected
+
+
+def test_retention_on_disk(tmp_path):
+    """One checkpoint after the other; other folders stay."""
+    cfg = Checkpointing(metric_name="val:accuracy", keep_top_k=2)
+    (tmp_path / "mine").mkdir()
+    kept = []
+    for number, score in enumerate((0.5, 0.9, None, 0.9, NAN, 0.1), 1):
+        folder = tmp_path / f"tmp_step_{number}"
+        folder.mkdir()
+        (folder / "run.json").write_text("{}")
+        (folder / "metrics.json").write_text(json.dumps({} if score is None else {"val:accuracy": score}))
+        publish(folder, cfg)
+        kept.append({int(p.name[5:]) for p in tmp_path.glob("*step*")})
+    assert kept == [{1}, {1, 2}, {1, 2, 3}, {2, 4}, {2, 4, 5}, {2, 4, 6}]
+    assert (tmp_path / "mine").exists()
+
+
+def test_what_another_run_removed_is_not_published(tmp_path):
+    """Ranks of a killed run may write on for a moment, into a folder that the next run has already removed."""
+    (tmp_path / "tmp_step_3").mkdir()
+    with pytest.raises(FileNotFoundError, match="was removed while it was being written"):
+        publish(tmp_path / "tmp_step_3", Checkpointing())
+    assert steps_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("00:00:00:05", 5), ("00:03:45:00", 13500), ("01:00:00:00", 86400), ("10:01:01:01", 867661)],
+)
+def test_must_save_by(text, expected):
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "5", "03:45:00", "00:03:45:00:00", "00:3h:00:00", "00:-1:00:00", "0:0:0:1.5"])
+def test_must_save_by_in_other_forms(text):
+    with pytest.raises(ConfigError, match=r"is not DD:HH:MM:SS, such as 00:03:45:00"):
+        seconds(text)
+
+
+def test_a_step_that_would_miss_the_deadline_is_not_begun():
+    """What counts is the longest step so far and the longest save."""
+    StopRequests(None).before_step(save_s=1e9)
+    stop = StopRequests("00:01:00:00")
+    stop.before_step(save_s=3000.0)
+    with pytest.raises(Stopped, match=r"^checkpointing.checkpoint_must_save_by$"):
+        stop.before_step(save_s=3600.0)
+    stop = StopRequests("00:01:00:00")
+    stop.before_step(save_s=0.0)
+    stop.step_began -= 2000.0  # as if that step had taken so long
+    with pytest.raises(Stopped):
+        stop.before_step(save_s=1600.0)
+    stop = StopRequests("00:01:00:00")
+    stop.before_step(save_s=0.0)
+    stop.step_began -= 2000.0
+    stop.before_step(save_s=1500.0)
+
+
+def test_positions_survive_the_way_through_json():
+    position = Position(3, 7, {"max_unverified_fraction": 2}, {"val:accuracy": 0.5})
+    assert Position(**json.loads(json.dumps(dataclasses.asdict(position)))) == position

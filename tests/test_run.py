@@ -164,11 +164,11 @@ def test_last_checkpoint_loads_in_a_fresh_engine(short_run, arithmetic_rows):
     assert f"avg@4    {metrics['avg@4']:.3f}" in done.stdout
 
 
-def wait_for(condition, seconds: float, what: str):
+def wait_for(condition, seconds: float, what: str, pause: float = 0.05):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
-        time.sleep(0.05)
+        time.sleep(pause)
     return found
 
 

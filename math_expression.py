@@ -19,6 +19,7 @@ from typing import Any
 
 MAX_BITS = 20_000  # of an exact intermediate result
 MAX_DEPTH = 60
+MAX_TOKENS = 300  # a chain of factors is a tree as deep as the chain is long, and the tree is walked recursively
 
 Node = tuple[Any, ...]  # ("num", Fraction) | ("sym", name) | (operator, Node, ...)
 
@@ -67,6 +68,8 @@ class _Parser:
                 raise NotReadable(text[position : position + 20])
             self.tokens.append(match[1] or match[2])
             position = match.end()
+            if len(self.tokens) > MAX_TOKENS:
+                raise TooBig(text[:20])
         self.i = self.depth = 0
 
     def peek(self) -> str:

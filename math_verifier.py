@@ -18,9 +18,11 @@ The policy, each line with a test in tests/test_verifier.py:
 - Percent is accepted only if the gold says percent (then 50, 50\% and "50 percent" are equal); never a factor of 100.
 - Degrees are not radians: a gold of 60 or 60^\circ accepts 60 and 60^\circ, never \pi/3; \cos 60 is not \cos 60^\circ.
 - Numbers in another base are compared as written: 101_2 equals 101_{2}, and neither 101_3 nor 101 nor 5.
-- `=` only as `symbol = value` (or an equation where the gold is one); 1=42 is not 42.
+- `=` only as `symbol = value`, where a sum of different symbols counts as one (m + n = 42), or an equation where the
+  gold is one; 1=42 is not 42, nor is x^2 = 42.
 - Units only inside \text{} (\mathrm{}) or from a closed word list after a digit and a space, never single letters; two
-  units that are both known and differ are wrong. Text that says more than a unit ("42 is wrong") is not a unit.
+  units that are both known and differ are wrong (degrees and percent are units too). Text that says more than a unit
+  ("42 is wrong") is not a unit.
 - Letter case matters for variables, not for words. Every variable of the gold must be the same in the answer.
 - An answer outside the size limits (`too_complex`) is wrong; a gold outside them can only be matched as written.
 """
@@ -48,15 +50,19 @@ Rest = tuple[bool, int]  # (algebra allowed, nesting depth), passed on by the co
 # Extraction
 # ---------------------------------------------------------------------------------------------------------------------
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}(?=\{)|\\boxed\s{1,8}(?=[^\s{])")
-_ANSWER_LINE = re.compile(r"(?i)\banswer[ \t*_]{0,6}:[ \t*_]{0,8}([^\n]*)\n?([^\n]*)")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}(?=\{)|\\boxed(?:\s{1,8}(?=[^\s{])|(?=\d))")
+_ANSWER_LINE = re.compile(
+    r"(?i)\banswer[ \t*_]{0,6}:[ \t*_]{0,8}([^\n]*)(?:\n\s{0,8}(?:(?:\$\$|\\\[)\s{0,8})?([^\n]*))?"
+)
 _HASHES = re.compile(r"(?m)####[ \t]*([^\n]*)")
 _FINAL_IS = re.compile(r"(?i)final answer is[ \t]*:?[ \t]*([^\n]*)")
 _IS_PREFIX = re.compile(
-    r"(?i)^(?:so |thus |hence |therefore )?,?\s*(?:the |my )?(?:final )?(?:answer|result|value)?"
-    r"\s*(?:is|are|:|=)\s*:?\s*"
+    r"(?i)^(?:so |thus |hence |therefore )?,? ?(?:the |my )?(?:final )?(?:answer|result|value)?"
+    r" {0,4}(?:is|are|:|=) {0,4}:? {0,4}"
 )
-_SENTENCE_END = re.compile(r"(?<=[^.\s])\.(?=\s|$)(?!\s*\d)|\s+I hope it is correct")
+_SENTENCE_END = re.compile(r"(?<=[^.\s])\.(?=\s|$)(?!\s*\d)|\s{1,4}I hope it is correct|<\|[a-z_]{1,20}\|>|</s>")
+# "The largest n is 34", but nothing with a second verb or a comma, which may say more.
+_ONE_IS = re.compile(r"^(?:(?! is | are | not |[,;=]).){1,200} (?:is|are|equals) (?=[-+\d$\\(])(?!.* (?:is|are) )")
 _MATH_SPAN = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 _LAST_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 
@@ -101,11 +107,13 @@ def _last_box(text: str) -> str | None:
 
 def _tidy_line(line: str) -> str:
     """The answer in a line of prose: without emphasis, "the answer is" and what follows the sentence."""
-    line = line[: MAX_BOX_CHARS * 2].strip().strip("*_").strip()
+    line = line[:MAX_BOX_CHARS].strip().strip("*_").strip()
     line = _IS_PREFIX.sub("", line, count=1)
-    end = _SENTENCE_END.search(line)
-    if end:
+    if end := _SENTENCE_END.search(line):
         line = line[: end.start()]
+    line = _ONE_IS.sub("", line, count=1)
+    if line in ("$$", "\\["):  # the value is on the next line
+        return ""
     spans = list(_MATH_SPAN.finditer(line))
     if len(spans) == 1 and not line[: spans[0].start()].strip(" *:="):
         rest = line[spans[0].end() :].strip(" *.")
@@ -142,7 +150,7 @@ def extract_answer(text: str, *, bare_number: bool = False) -> str | None:
     final = _last_match(_FINAL_IS, text, ("nswer is", "NSWER IS"), back=7)
     for match in (line, hashes, final):
         for value in match.groups() if match else ():
-            if tidy := _tidy_line(value):
+            if value and (tidy := _tidy_line(value)):
                 return tidy
     if bare_number:
         numbers = _LAST_NUMBER.findall(text)
@@ -168,7 +176,10 @@ _UNICODE = {
 }  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
-_SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])\s?\.?(?!\d)")
+_SIZES = re.compile(
+    r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])\s?\.?(?!\d)"
+    r"|\\(?:normalsize|small|[lL]arge|LARGE|[hH]uge)(?![a-zA-Z])\s?|\\(?:textcolor|color)\s?\{[^{}]*\}"
+)
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _ARGUMENT = r"\s*(?:(\d|[a-zA-Z]|\\[a-zA-Z]+)|(\{(?:[^{}]|\{[^{}]*\})*\}))"
 _BARE_FRAC = re.compile(
@@ -181,19 +192,27 @@ _SPACES = re.compile(
     r"(?<!\\)\\[;:> ]|\\q?quad(?![a-zA-Z])|\\(?:hspace|vspace|phantom)\*?(?:\{[^{}]*\}| ?[-+\d])|~|[\s\x00-\x1f]+"
 )
 _MATH_FONT = re.compile(
-    r"\\(?:mathbf|mathcal|mathsf|mathtt|mathnormal|boldsymbol|bm|mathit|operatorname\*?)\s*\{([^{}\\]*)\}"
+    r"\\(?:mathbf|mathcal|mathsf|mathtt|mathnormal|boldsymbol|bm|mathit|underline|operatorname\*?)\s*\{([^{}\\]*)\}"
 )
-_TEXT_FONT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|emph|mbox|hbox|mathrm|rm)\s*\{([^{}]*)\}")
+_TEXT_FONT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|emph|mbox|hbox|mathrm|rm|bf|it)\s*\{([^{}]*)\}"
+    r"|\{\\(?:rm|bf|it|sf|tt|em)(?![a-zA-Z]) ?([^{}]*)\}"
+)
+_TEXT_FRACTION = re.compile(r"\\frac ?\{ ?\\text\{([^{}]*)\} ?\} ?\{ ?\\text\{([^{}]*)\} ?(\^ ?\d)? ?\}")  # km over h
 _DEGREES = re.compile(
     r"\s?(?:\^ ?\{? ?\\circ ?\}?|\\(?:degree|textdegree)(?![a-zA-Z])|\\text\{ ?deg(?:ree)?s?\.? ?\}"
     r"|(?<=[\d}]) degrees?\b)"
 )
-_PERCENT = re.compile(r"\s?(?:\\%|\\text\{ ?(?:\\?%|per ?cent|percentage) ?\}|(?<=[\d}]) ?(?:per ?cent|pct)\b)")
-_REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|\\R(?![a-zA-Z])|\\Reals(?![a-zA-Z])")
+_PERCENT = re.compile(r"\s?(?:\\%|\\text\{ ?(?:\\?%|per ?cent|percentage) ?\}|(?<=[\d}]) ?(?:per ?cent(?:age)?|pct)\b)")
+_REALS = re.compile(
+    r"\\mathbb\s*(?:\{\s*R\s*\}|R)|\\(?:R|Reals)(?![a-zA-Z])|\\text\{ ?(?:the set of )?all real(?: number)?s ?\}"
+    r"|^(?:the set of )?all real(?: number)?s$"
+)
 _EMPTY_SET = re.compile(r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}")
-_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'))
+_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("'", "'"))
 _NESTED_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _THIN_GROUP = re.compile(r"(?<=\d)(?:\\,|\\ |\{\\,\})(?=\d{3}(?!\d))")
+_COMMA_SPACE = re.compile(r" ?\{ ?, ?\} ?(?=\d{3})|,\\! ?")
 _THIN_SPACE = re.compile(r"\{\\,\}|(?<!\\)\\,")
 _COMMANDS = (
     (re.compile(r"\\(?:leqslant|leqq|leq|le)(?![a-zA-Z])\s?"), r"\\le "),
@@ -203,8 +222,17 @@ _COMMANDS = (
     (re.compile(r"\\(?:rbrace)(?![a-zA-Z])\s?"), r"\\}"),
     (re.compile(r"\\langle(?![a-zA-Z])\s?"), "("),
     (re.compile(r"\\rangle(?![a-zA-Z])\s?"), ")"),
+    (re.compile(r"\\text\{ ?infinity ?\}"), r"\\infty "),
+    (re.compile(r"\\text\{ ?cis ?\}|(?<![a-zA-Z\\])cis(?![a-zA-Z])"), r"\\cis "),
+    (re.compile(r"\\p?mod(?![a-zA-Z]) ?(\w+)"), r"\\pmod{\1}"),
+    (re.compile(r"(?<=\d) ?\\text\{ ?to ?\} ?(?=\d)"), ":"),
+    (re.compile(r"(?<=[\d.])\\dot ?\{?(\d)\}?(?:(\d*)\\dot ?\{?(\d)\}?)?"), r"\\overline{\1\2\3}"),
     (re.compile(r"\\lt(?![a-zA-Z])\s?"), "<"),
     (re.compile(r"\\gt(?![a-zA-Z])\s?"), ">"),
+)
+_TO = re.compile(r"(?<=\d) to (?=\d)")  # 3 to 2
+_ANSWER_IS = re.compile(
+    r"(?i)^(?:the |my )?(?:final )?answer(?: is:? ?|: ?)|^\\text\{ ?(?:the )?(?:final )?answer(?: is:?|:) ?\} ?"
 )
 _NUMBER_IN_TEXT = re.compile(r"^\\text\{ ?([-+]?[\d.,/]+) ([a-zA-Z ./]+)\}$")  # \text{6 ways}
 _ORDINAL = re.compile(r"(?<=\d)(?:\^?\{?\\text\{(?:st|nd|rd|th)\}\}?|(?:st|nd|rd|th))$")
@@ -217,12 +245,15 @@ def _fix_frac(match: re.Match[str]) -> str:
 
 
 def _fix_text(match: re.Match[str]) -> str:
-    inner = match[1].strip()
+    content = match[1] if match[1] is not None else match[2]
+    inner = content.strip()
+    if not inner:
+        return " "
     if inner in _TEXT_IS_SYMBOL and "rm" in match[0][:8]:  # \mathrm{e}
         return inner
     if re.fullmatch(r"[-+]?[\d.,/]+", inner):  # \text{42}
         return inner
-    return rf"\text{{{match[1]}}}"
+    return rf"\text{{{content}}}"
 
 
 def _unwrap(text: str) -> str:
@@ -270,14 +301,16 @@ def normalise(text: str) -> str:
     text = _unwrap(text)
     if "\\" in text or "{" in text:
         text = _EMPTY_SET.sub(r"\\emptyset", _REALS.sub(r"(-\\infty,\\infty)", _SIZES.sub("", text)))
-        text = text.replace("{,}", ",").replace(r",\!", ",").replace(r"\!", "")
+        text = _COMMA_SPACE.sub(",", text.replace("{,}", ",")).replace(r"\!", "")
         text = _SPACES.sub(" ", _THIN_SPACE.sub(" ", _THIN_GROUP.sub(",", text)))
         for _ in range(3):
             before = text
             text = _TEXT_FONT.sub(_fix_text, _MATH_FONT.sub(lambda m: m[1], text))
             if text == before:
                 break
-        text = _FRAC.sub(r"\\frac", text)
+        text = _TEXT_FRACTION.sub(
+            lambda m: rf"\text{{{m[1].strip()}/{m[2].strip()}{m[3] or ''}}}", _FRAC.sub(r"\\frac", text)
+        )
         for _ in range(8 if text.count("\\frac") + text.count("\\binom") <= 40 else 0):
             before = text
             text = _BARE_FRAC.sub(_fix_frac, text)
@@ -288,9 +321,10 @@ def normalise(text: str) -> str:
         for pattern, replacement in _COMMANDS:
             text = pattern.sub(replacement, text)
     else:
-        text = _SPACES.sub(" ", text)
+        text = _TO.sub(":", _REALS.sub(r"(-\\infty,\\infty)", _SPACES.sub(" ", text)))
     text = _PERCENT.sub("%", _DEGREES.sub("°", text))
-    text = _NUMBER_IN_TEXT.sub(r"\1\\text{ \2}", _unwrap(text))
+    text = _unwrap(_ANSWER_IS.sub("", _unwrap(text), count=1))
+    text = _NUMBER_IN_TEXT.sub(r"\1\\text{ \2}", text)
     return _ORDINAL.sub("", text)
 
 
@@ -331,14 +365,18 @@ _COUNTED = frozenset(
 )
 _NOT_A_UNIT = re.compile(
     r"\b(?:is|are|was|not?|or|and|but|wrong|incorrect|false|true|if|then|than|the|answer|actually|should|be|nor|either|"
-    r"neither|minus|plus|over|divided|more|less|it|its|that|this|because|since|so|million|billion|thousand|hundred|dozen|"
+    r"neither|minus|plus|over|divided|more|less|it|its|that|this|because|since|so|million|billion|thousand|hundred|dozen|tenths?|hundredths?|thousandths?|"
     r"trillion|percent|base|mod|where|for|with|equals?|half|squared|cubed|maybe|possibly|approximately|about|to|mod)\b",
     re.I,
 )
 _TEXT_UNIT = re.compile(
-    r" ?(?:[/·] ?|\\cdot ?)?\\text\{ ?([a-zA-Z][a-zA-Z ./]{0,40}?)\.? ?\} ?(?:\^ ?\{? ?(-?[1-4]) ?\}?)?$"
+    r" ?(?:[/·] ?|\\cdot ?)?\\text\{ ?([a-zA-Z](?:[a-zA-Z ./]|(?<=[a-zA-Z])\^-?[1-4]){0,40}?)\.? ?\}"
+    r" ?(?:\^ ?\{? ?(-?[1-4]) ?\}?)?$"
 )
-_WORD_UNIT = re.compile(r"(?<=[\d}°)]) ([a-zA-Z]{2,14}(?:/h)?)(?: ?\^ ?\{?([23])\}?)?$")
+_WORD_UNIT = re.compile(
+    r"(?<=[\d}°)]) ((?:(?:sq|cu)\.? |square |cubic )?[a-zA-Z]{2,14}(?:/h)?|[ap]\.m)\.?(?: ?\^ ?\{?([23])\}?)?$"
+)
+_POWER_WORD = re.compile(r"(?i)(sq|square|cu|cubic)\.? (\w+)$")
 _CURRENCY = re.compile(r"([-+]?) ?(\\\$|\$|€|£|\\pounds|\\euro|USD|US\\\$) ?(?=[-+]?[\d.])")
 _TRAILING_CURRENCY = re.compile(r"(?<=\d) ?(\\\$|\$|€|£)$")
 _MULTIPLES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -356,19 +394,22 @@ def split_unit(text: str) -> tuple[str, str]:
         words, power = match[1].strip(), match[2]
         if len(words.split()) > 4 or _NOT_A_UNIT.search(words):
             return text, ""
-        prefix = re.match(r"(?i)(sq|square|cu|cubic)\.? (\w+)$", words)
-        if prefix:
+        if prefix := _POWER_WORD.match(words):
             words, power = prefix[2], "2" if prefix[1][0] in "sS" else "3"
+        if len(words) == 1 and words not in _LETTER_UNITS:
+            return text, ""  # 12k
         if words not in _LETTER_UNITS:
             words = _UNITS.get(words.lower(), words.lower())
         units.append(words + (f"^{power}" if power else ""))
         text = text[: match.start()].rstrip()
     if units:
         return text, "/".join(reversed(units))
-    match = _WORD_UNIT.search(text)
-    if match and (match[1].lower() in _UNITS or match[1].lower() in _COUNTED):
-        unit = _UNITS.get(match[1].lower(), match[1].lower())
-        return text[: match.start()].rstrip(), unit + (f"^{match[2]}" if match[2] else "")
+    if match := _WORD_UNIT.search(text):
+        words, power = match[1].lower(), match[2]
+        if prefix := _POWER_WORD.match(words):
+            words, power = prefix[2], "2" if prefix[1][0] == "s" else "3"
+        if words in _UNITS or words in _COUNTED:
+            return text[: match.start()].rstrip(), _UNITS.get(words, words) + (f"^{power}" if power else "")
     return text, ""
 
 
@@ -376,6 +417,8 @@ def units_differ(gold: str, answer: str) -> bool:
     """Whether two units contradict each other; a missing unit contradicts nothing, nor do "red balls" and "balls"."""
     if not gold or not answer or gold == answer:
         return False
+    if gold in "%°" or answer in "%°":  # 60° is not 60 inches
+        return True
     stems = [{word.rstrip("s") for word in re.findall(r"[a-zA-Z^0-9]+", unit)} for unit in (gold, answer)]
     return not stems[0] & stems[1] or gold.split("^")[0] in _UNITS.values()
 
@@ -486,9 +529,10 @@ def parse_number(text: str) -> Number | None:
 
 def numbers_equal(gold: Number, answer: Number) -> bool:
     """Compare two numbers by the policy: exact, or to the printed digits of a decimal gold."""
-    if (answer.percent and not gold.percent) or units_differ(gold.unit, answer.unit):
+    if answer.percent and not gold.percent:
         return False
-    if answer.degrees and (gold.percent or gold.unit == "rad"):
+    marks = [number.unit or "%" * number.percent or "°" * number.degrees for number in (gold, answer)]
+    if units_differ(*marks):
         return False
     if gold.value == answer.value or gold.quantum is None:
         return gold.value == answer.value
@@ -541,17 +585,25 @@ _FLIP = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 _SYMBOL = re.compile(
     r"(?:\\?[A-Za-z]+|\\text\{[^{}]*\}"
     r"|\\(?:angle|overline|vec|hat|bar|mathbb|triangle) ?\{? ?[A-Za-z]+ ?\}?|\|[A-Za-z]+\|)"
-    r"(?: ?[_^] ?(?:\{[^{}=]*\}|-?\w))?'*(?: ?\([^()=]{0,40}\))?|\( ?[a-zA-Z](?:_\w)?(?: ?, ?[a-zA-Z](?:_\w)?)+ ?\)"
+    r"(?: ?_ ?(?:\{[^{}=]*\}|\w))?(?: ?\^ ?(?:(?:\{ ?-1 ?\}|-1)(?= ?\()|\*|\{\*\}))?'*(?: ?\([^()=]{0,40}\))?"
+    r"|\( ?[a-zA-Z](?:_\w)?(?: ?, ?[a-zA-Z](?:_\w)?)+ ?\)|\[[A-Z]{3,8}\]|\\text\{[^{}]*\} ?\\?[a-zA-Z]{1,8}"
 )
-_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z]+(?:[' -]?[A-Za-z]+|\. ?(?=[A-Za-z]))*[.!]?")
+_SUM_OF_SYMBOLS = re.compile(r"[a-zA-Z](?:_\w)?(?: ?\+ ?[a-zA-Z](?:_\w)?){1,5}")  # m + n = 42
+_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z]+(?:(?:[' -]|\. ?)[A-Za-z]+)*[.!]?")
 _PUNCTUATION = re.compile(r"[\s.,;:!'\"()]+")
+_ARTICLE = re.compile(r"^(?:an?|the) (?=\w)")
+_CAPITALS = re.compile(r"[A-Z]{2,}")  # AC is an order or a name, so not CA
 _SHORT_WORDS = frozenset("no yes odd all one two six ten any".split())  # noqa: SIM905
-_BASE = re.compile(r"([0-9A-Z]+)_\{?(?:\\text\{ ?)?(\w+) ?\}?\}?")
+_BASE = re.compile(r"(-?)\(?([0-9A-Z]+)\)?_\{?(?:\\text\{ ?)?(\w+) ?\}?\}?")
+_BASE_WORDS = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
 _CHOICE = re.compile(r"\(?(?:\\text\{ ?)?\(?([A-J]|(?<=\()[a-j](?=\)))\)?[.:)]?(?: ?\})?\)?")
+_CHOICE_WORD = re.compile(r"(?i)^(\\text\{ ?)?(?:option|choice|answer) ")
+_CHOICE_PROSE = re.compile(r"(?:\\text\{ ?)?([A-J])[.:)] (?=[^\s,;+*/^%=_!)-])")  # A. 42
 _CHOICE_LABEL = re.compile(r"(?:\\text\{ ?\(?([A-J])\) ?\}|\(([A-J])\)) ?(?=[^\s,;+*/^%=_!)-])")
 
 
 # R \\ {1, 2} and x \ne 1
+_SET_BUILDER = re.compile(r"\\\{ ?[a-z] ?(?:\\in ?\(-\\infty,\\infty\) ?)?(?::|\||\\mid|\\vert) ?(.+?) ?\\\}$")
 _HOLES = re.compile(r"\(-\\infty,\\infty\) ?(?:\\setminus|\\backslash|-) ?\\\{([^{}]*)\\\}$|[a-zA-Z] ?\\ne (.+)$")
 
 
@@ -585,6 +637,8 @@ def parse_group(text: str) -> Group | None:
         return Group("union", tuple(f"({a},{b})" for a, b in zip(ends, ends[1:], strict=False)), variable)
     if text.startswith("{") and _encloses(text) and len(split_top(text[1:-1], ",;")) > 1:
         text = "\\" + text[:-1] + "\\}"
+    if (builder := _SET_BUILDER.match(text)) and (interval := _inequality(builder[1])):
+        return interval
     brace = text.startswith("\\{")
     if (
         (brace or text[:1] in ("(", "["))
@@ -659,6 +713,8 @@ def _is_variable(text: str) -> bool:
 
 def _expand_plus_minus(group: Group | None, text: str) -> Group | None:
     """`1 \\pm \\sqrt{2}` is a bare list of two."""
+    if "\\pm" not in text:
+        text = text.replace("\\mp", "\\pm")
     if "\\pm" not in text or (group and group.kind not in ("", "{}")):
         return group
     out: list[str] = []
@@ -716,7 +772,7 @@ def _words(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    return _PUNCTUATION.sub(" ", text.lower()).strip()
+    return _ARTICLE.sub("", _PUNCTUATION.sub(" ", text.lower()).strip())
 
 
 def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bool | None:
@@ -749,6 +805,9 @@ def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bo
     gold, answer = (text[m.end() :] if m else text for text, m in zip((gold, answer), members, strict=True))
     gold_group = None if gold_number else _expand_plus_minus(parse_group(gold), gold)
     answer_group = None if parse_number(answer) else _expand_plus_minus(parse_group(answer), answer)
+    if bool(_MATRIX.match(gold)) != bool(_MATRIX.match(answer)):  # a column or a row is a point
+        gold, answer = _vector(gold), _vector(answer)
+        gold_group, answer_group = (parse_group(text) for text in (gold, answer))
     if gold_group or answer_group:
         return _compare_groups(gold, gold_group, answer, answer_group, rest)
     matrices = _MATRIX.match(gold), _MATRIX.match(answer)
@@ -761,22 +820,36 @@ def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bo
     return _compare_equations(gold, answer, rest)
 
 
+def _vector(text: str) -> str:
+    """A matrix of one row or one column as a point, `(1, 2, 3)`; anything else as it is."""
+    match = _MATRIX.match(text)
+    if match and match[1] != "vmatrix" and ("&" in match[2]) != ("\\\\" in match[2].strip().removesuffix("\\\\")):
+        return "(" + re.sub(r" ?(?:&|\\\\) ?", ",", match[2].strip().removesuffix("\\\\").strip()) + ")"
+    return text
+
+
 def _compare_text(gold: str, answer: str) -> bool | None:
     """Decide choice letters, words and numbers in another base; None if the gold is none of these."""
-    gold_choice, label = _CHOICE.fullmatch(gold), _CHOICE_LABEL.match(answer)
+    gold_choice = _CHOICE.fullmatch(gold)
+    if gold_choice:
+        answer = _CHOICE_WORD.sub(r"\1", answer)
+    label = _CHOICE_LABEL.match(answer) or (gold_choice and _CHOICE_PROSE.match(answer))
     answer_choice = _CHOICE.fullmatch(answer) or label
     if gold_choice and answer_choice:
         rest = answer[label.end() :] if label else ""
         hedged = _AND.search(rest) or re.search(r"[,;]|\(?[A-J]\)", rest)
         return gold_choice[1].upper() == answer_choice[answer_choice.lastindex].upper() and not hedged
+    if _CAPITALS.fullmatch(gold) and _CAPITALS.fullmatch(answer):
+        return gold == answer
     gold_words, answer_words = _words(gold), _words(answer)
     if gold_words and answer_words:
         return gold_words == answer_words
     if gold_words and "=" not in answer and not _AND.search(answer):
         return _plain(re.sub(r"\\text\{([^{}]*)\}", r"\1", answer)) == gold_words
     bases = _BASE.fullmatch(_squeeze(gold)), _BASE.fullmatch(_squeeze(answer))
-    if any(base and base[1][0].isdigit() for base in bases) and (bases[0] or parse_number(gold)):
-        return bool(bases[0] and bases[1] and bases[0].groups() == bases[1].groups())
+    if any(base and base[2][0].isdigit() for base in bases) and (bases[0] or parse_number(gold)):
+        read = [base and (base[1], base[2], _BASE_WORDS.get(base[3], base[3])) for base in bases]
+        return bool(read[0]) and read[0] == read[1]
     return None
 
 
@@ -785,7 +858,7 @@ def _compare_groups(
 ) -> bool | None:
     if gold_group is None or answer_group is None:
         group = gold_group or answer_group
-        if group and len(group.items) == 1 and group.kind in ("", "{}"):  # {5} and 5
+        if group and len(group.items) == 1 and group.kind in ("", "{}") and group.items[0] != "\\emptyset":  # {5} and 5
             sides = (group.items[0], answer) if gold_group else (gold, group.items[0])
             return compare(*sides, *rest)
         if answer_group and "=" in answer.split(",")[0]:  # x = (1, 2)
@@ -818,7 +891,9 @@ def _compare_equations(gold: str, answer: str, rest: Rest) -> bool | None:
         return False
     gold_assigns = len(gold_sides) == 2 and _SYMBOL.fullmatch(gold_sides[0])
     if len(gold_sides) == 1:  # "symbol = value", or "symbol = value = value" with every value right
-        if not _SYMBOL.fullmatch(answer_sides[0]):
+        parts = answer_sides[0].replace(" ", "").split("+")
+        is_sum = _SUM_OF_SYMBOLS.fullmatch(answer_sides[0]) and len(set(parts)) == len(parts)
+        if not is_sum and not _SYMBOL.fullmatch(answer_sides[0]):
             return False
         return _all([compare(gold, side, *rest) for side in answer_sides[1:]])
     if len(answer_sides) == 1:
@@ -852,7 +927,7 @@ def _compare_values(gold: str, answer: str, rest: Rest) -> bool | None:
     gold, answer = gold.removesuffix("%").rstrip(), answer.removesuffix("%").rstrip()
     if answer.endswith("%"):
         return False
-    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", gold + answer):  # degrees around a value are a unit
+    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc|cis)", gold + answer):  # degrees around a value are a unit
         gold, answer = gold.replace("°", ""), answer.replace("°", "")
     if answer.startswith("\\text") and _CHOICE_LABEL.match(answer):  # (B) 5
         answer = _CHOICE_LABEL.sub("", answer, count=1)
@@ -872,6 +947,8 @@ def _compare_values(gold: str, answer: str, rest: Rest) -> bool | None:
         except NotReadable:
             trees.append(None)
         except (TooBig, RecursionError):
+            if text is gold:
+                raise UnparsableGold(gold[:80]) from None
             return False
     if trees[0] and trees[1]:
         # Small exact arithmetic may run anywhere; thousands of digits only where time does not matter.

@@ -315,6 +315,8 @@ def exact_verdict(text: str, expected_answer: str, bare_number: bool = False) ->
         equal = compare(gold, answer)
     except UnparsableGold:
         return Verdict(0.0, "unparsable_gold", answer)
+    except RecursionError:  # a caller that is deep in its own stack
+        return Verdict(0.0, "timeout", answer)
     if equal is None:
         return gold, answer
     return Verdict(float(equal), "correct" if equal else "wrong", answer)

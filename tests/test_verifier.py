@@ -532,11 +532,76 @@ EXPRESSIONS = [
 ]
 
 
+SPELLINGS = [
+    (r"28\%", "28 percentage", True),
+    ("11111111100", r"11,\! 111,\! 111,\! 100", True),
+    ("32349", "32, 349", False),
+    ("14916", "14 {, }916", True),
+    (r"0.\dot{3}", r"\frac13", True),
+    (r"\frac{41}{333}", r"0.\dot12\dot3", True),
+    ("9", "3.(3)", False),  # a repeating decimal, no product
+    ("42", r"\underline{42}", True),
+    ("42", r"{\bf 42}", True),
+    ("42", r"\textcolor{red}{42}", True),
+    ("42", r"\large 42", True),
+    ("42", "'42'", True),
+    ("42", r"\text{}42", True),
+    ("42", r"\text{The answer is }42", True),
+    ("42", "The answer is 42", True),
+    ("42", "The answer is 42 or 43", False),
+    ("42", "m + n = 42", True),
+    ("42", "m + n = 40 + 2 = 42", True),
+    ("42", "x + x = 42", False),
+    ("42", "2x + y = 42", False),
+    ("42", "x^2 = 42", False),
+    ("42", "x^{-1} = 42", False),
+    ("42", "f^{-1}(3) = 42", True),
+    ("42", "[ABC] = 42", True),
+    ("42", r"\text{Area of } ABC = 42", True),
+    ("m+n=42", "42", False),
+    ("5", r"5 \frac{\text{m}}{\text{s}}", True),
+    ("9.8", r"9.8\ \mathrm{m/s^2}", True),
+    ("5", "5 square units", True),
+    ("5", "5cm", False),
+    ("12", r"12\text{k}", False),
+    ("12", r"12\text{ hundredths}", False),
+    (r"60^\circ", r"60\text{ inches}", False),
+    (r"20\%", r"20\text{ feet}", False),
+    ("1112112_3", r"1112112_{\text{three}}", True),
+    ("1112112_3", "(1112112)_3", True),
+    ("-37", "-37_8", False),
+    ("3:2", r"3\text{ to }2", True),
+    (r"3:30\text{ PM}", "3:30 p.m.", True),
+    ("A", "A. 42", True),
+    ("A", "A. 42 or (B)", False),
+    ("A", "Option A", True),
+    ("A", r"\text{choice (A)}", True),
+    ("ACB", "CAB", False),
+    (r"\text{hyperbola}", r"\text{a hyperbola}", True),
+    (r"\begin{pmatrix}1\\2\\3\end{pmatrix}", "(1,2,3)", True),
+    (r"\begin{pmatrix}1\\2\\3\end{pmatrix}", "(1,3,2)", False),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\{1,2\}", False),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "(1,2,3,4)", False),
+    (r"\emptyset", r"\{\emptyset\}", False),
+    (r"(0,\infty)", r"\{x \mid x > 0\}", True),
+    (r"(0,\infty)", r"\{x \in \mathbb{R} : x \ge 0\}", False),
+    (r"\mathbb{R}", r"\text{all real numbers}", True),
+    (r"\infty", r"\text{infinity}", True),
+    (r"\text{infinite}", r"\infty", False),
+    (r"6\text{cis}60^\circ", r"3 + 3i\sqrt{3}", True),
+    (r"n \equiv 1 \pmod 3", r"n \equiv 1 \pmod{3}", True),
+    ("1", "0^0", False),
+    (r"\ln|x|", r"\ln x", False),
+    ("x", "x+10^{-250}", False),
+    ("O", "O(1)", False),
+]
+
+
 def _ask(gold: str, answer: str) -> Verdict:
     return verify(rf"Some work, then \boxed{{{answer}}}", gold)
 
 
-@pytest.mark.parametrize(("gold", "answer", "pays"), NUMBERS + MORE + HEDGES + STRUCTURES + EXPRESSIONS)
+@pytest.mark.parametrize(("gold", "answer", "pays"), NUMBERS + MORE + HEDGES + STRUCTURES + EXPRESSIONS + SPELLINGS)
 def test_policy(gold: str, answer: str, pays: bool) -> None:
     verdict = _ask(gold, answer)
     assert verdict.reward == float(pays), verdict
@@ -587,6 +652,13 @@ EXTRACTION = [
     ("The final answer is: 42", "42"),
     ("The final answer is $3.5$.", "3.5"),
     ("The final answer is 3.5. Done.", "3.5"),
+    ("Answer:\n\n**42**", "42"),
+    ("Answer:\n$$\n\\frac{3}{4}\n$$", r"\frac{3}{4}"),
+    ("Final Answer: The largest $n$ is 34.", "34"),
+    ("Answer: the least is 4 and the largest is 34", "the least is 4 and the largest is 34"),
+    ("Answer: it is not 34", "it is not 34"),
+    ("Answer: 4<|im_end|>", "4"),
+    (r"$\boxed4$", "4"),
     ("It is 42", None),
     ("I like 42 boxes", None),
     ("", None),

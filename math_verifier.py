@@ -114,11 +114,9 @@ def _tidy_line(line: str) -> str:
     line = _ONE_IS.sub("", line, count=1)
     if line in ("$$", "\\["):  # the value is on the next line
         return ""
-    spans = list(_MATH_SPAN.finditer(line))
-    if len(spans) == 1 and not line[: spans[0].start()].strip(" *:="):
-        rest = line[spans[0].end() :].strip(" *.")
-        if not rest:
-            line = next(group for group in spans[0].groups() if group is not None)
+    span = _MATH_SPAN.match(line.lstrip(" *:="))  # anchored: a search would be quadratic in unclosed brackets
+    if span and not span.string[span.end() :].strip(" *."):
+        line = next(group for group in span.groups() if group is not None)
     return line.strip().strip("*").strip()[:MAX_BOX_CHARS]
 
 

@@ -337,6 +337,55 @@ def test_others_do_not_wait_for_the_slow(server: Server) -> None:
         assert {job.result()[0]["status"] for job in slow} == {"timeout"}
 
 
+@pytest.mark.slow
+def test_a_slow_batch_leaves_workers_to_others() -> None:
+    with running("--workers", "2", "--deadline", "0.5") as server, ThreadPoolExecutor(1) as threads:
+        server.batch((box("x+x"), "2x"), (box("y+y"), "2y"))
+        slow = threads.submit(server.batch, *[(box(f"{SLOW}+{i}"), "3") for i in range(6)])
+        assert wait_until(lambda: server.metric("reward_server_symbolic_in_flight") == 6)
+        for i in range(2, 5):
+            start = time.monotonic()
+            assert server.batch((box(rf"\sqrt{{{i}}}+1"), rf"1+\sqrt{{{i}}}"))[0]["reward"] == 1.0
+            assert time.monotonic() - start < 0.4
+        assert not slow.done()
+        assert [result["status"] for result in slow.result()] == ["timeout"] * 6
+
+
+def raw_request(server: Server, *parts: bytes) -> bytes:
+    """What the server answers to these bytes until it closes the connection or a second passes."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=1) as connection:
+        reply = b""
+        with contextlib.suppress(OSError):
+            for part in parts:
+                connection.sendall(part)
+            while chunk := connection.recv(65_536):
+                reply += chunk
+        return reply
+
+
+def test_broken_http(server: Server) -> None:
+    head = b"POST /verify_batch HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    assert b" 400 " in raw_request(server, head + b"Content-Length: -5\r\n\r\n{}")
+    assert b" 400 " in raw_request(server, head + b"Content-Length: 2\r\nContent-Length: 5\r\n\r\n{}")
+    assert b" 422 " in raw_request(server, head + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b\x08\0")
+    assert b" 200 " in raw_request(
+        server, head + b"X: " + b"a" * 100_000 + b'\r\nContent-Length: 12\r\n\r\n{"items":[]}'
+    )
+    assert b" 200 " not in raw_request(server, head + b"X: ", *[b"a" * 500_000] * 6, b"\r\nContent-Length: 0\r\n\r\n")
+    chunked = b'Transfer-Encoding: chunked\r\n\r\nc\r\n{"items":[]}\r\n0\r\n\r\n'
+    assert raw_request(server, head + chunked).endswith(b'{"results":[]}')
+    pipelined = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 4 + b"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n"
+    assert raw_request(server, pipelined).count(b'{"status":"ok"}') == 5
+
+
+def test_clients_that_never_finish_cost_nothing(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            client.sendall(b"POST /verify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        assert server.batch((box("42"), "42"))[0]["reward"] == 1.0
+
+
 def test_lone_surrogates_and_nan(server: Server) -> None:
     body = json.dumps({**nemo_request("\ud800 " + box("\ud83d"), "42"), "x": float("nan")}).encode()
     assert server.request("POST", "/verify", body)[0] == 200
@@ -480,7 +529,7 @@ def test_port_taken() -> None:
 
 
 def test_source_runs_nothing_on_text() -> None:
-    for name in ("reward_server.py", "math_verifier.py", "math_expression.py"):
+    for name in ("reward_server.py", "math_verifier.py", "math_expression.py", "llm_judge.py"):
         source = (ROOT / name).read_text()
         code = re.sub(r'r?"""[\s\S]*?"""|#.*', "", source)
         assert not re.search(

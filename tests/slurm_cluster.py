@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ KillWait=5
 ReturnToService=2
 NodeName=n1 NodeAddr={network}.11 CPUs=4 RealMemory=4000
 NodeName=n2 NodeAddr={network}.12 CPUs=4 RealMemory=4000
-PartitionName=test Nodes=n1,n2 Default=YES MaxTime=60
+PartitionName=test Nodes=n1,n2 Default=YES
 """
 
 
@@ -93,7 +94,7 @@ class SlurmCluster:
             namespace, here, there = f"{self.prefix}{node}", f"{self.prefix}v{i}", f"{self.prefix}w{i}"
             run("ip", "netns", "add", namespace)
             run("ip", "link", "add", here, "type", "veth", "peer", "name", there)
-            run("ip", "link", "set", here, "master", f"{self.prefix}br", "up")
+            run("ip", "link", "set", here, "master", f"{self.prefix}br")
             run("ip", "link", "set", there, "netns", namespace)
             run("ip", "-n", namespace, "addr", "add", f"{self.network}.{11 + i}/24", "dev", there)
             run("ip", "-n", namespace, "link", "set", there, "up")
@@ -111,6 +112,7 @@ class SlurmCluster:
             self.daemons[name] = subprocess.Popen(command, stdout=log, stderr=log, env=self.env)
 
     def start_node(self, node: str) -> None:
+        run("ip", "link", "set", f"{self.prefix}v{NODES.index(node)}", "up")
         network = f"--net=/run/netns/{self.prefix}{node}"
         conf = f"{self.folder}/slurm.conf"
         self._daemon(node, "nsenter", network, *self._host(node), "slurmd", "-D", "-N", node, "-f", conf)
@@ -123,6 +125,14 @@ class SlurmCluster:
         run("ip", "link", "set", f"{self.prefix}v{NODES.index(node)}", "down")
         for pid in self.pids(node):
             os.kill(pid, signal.SIGKILL)
+
+    @contextmanager
+    def replaced(self, node: str, path: Path, by: Path) -> Iterator[None]:
+        """Within, the file at `path` is the one at `by`, on that node only."""
+        inside = ["nsenter", "--mount", f"--target={self.daemons[node].pid}"]
+        run(*inside, "mount", "--bind", str(by), str(path.resolve()))
+        yield
+        run(*inside, "umount", str(path.resolve()))
 
     def states(self) -> set[str]:
         return set(self.slurm("sinfo", "-h", "-o", "%T").split())
@@ -148,4 +158,5 @@ class SlurmCluster:
             daemon.wait()
         for node in NODES:
             run("ip", "netns", "del", f"{self.prefix}{node}", check=False)
-        run("ip", "link", "del", f"{self.prefix}br", check=False)
+        for link in ("v0", "v1", "br"):
+            run("ip", "link", "del", f"{self.prefix}{link}", check=False)

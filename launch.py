@@ -102,18 +102,27 @@ def check_before_start(cfg: Config) -> None:
 
 
 def leftovers() -> dict[int, str]:
-    """This user's Ray and vLLM processes on this machine that have lost their parent: pid and name."""
+    """This user's Ray and vLLM processes on this machine whose parent is gone: pid and name."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            name = (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            name, status = program(folder), (folder / "status").read_text()
+            parent = program(Path("/proc", re.search(r"PPid:\s+(\d+)", status)[1]))
             mine = folder.stat().st_uid == os.getuid()
         except OSError:  # it ended while we looked
             continue
-        if mine and parent == 1 and re.match(r"ray::|VLLM::|.*/(raylet|gcs_server)$", name):
-            found[int(folder.name)] = name.rpartition("/")[2]
+        running = "python" in parent or re.match(RAY_OR_VLLM, parent)
+        if mine and re.match(RAY_OR_VLLM, name) and not running:
+            found[int(folder.name)] = name
     return found
+
+
+RAY_OR_VLLM = r"raylet$|gcs_server$|ray::|VLLM::"
+
+
+def program(folder: Path) -> str:
+    """The name of a process, as it gives it itself, from its folder in /proc."""
+    return (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").rpartition("/")[2]
 
 
 def start_ray(cfg: Config, stop: StopRequests) -> Any:
@@ -131,7 +140,7 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
         if old := leftovers():
             names = ", ".join(f"{name} ({pid})" for pid, name in old.items())
             end = " ".join(map(str, old))
-            print(f"warning: left over from an earlier run and maybe holding memory: {names}; end with: kill {end}")
+            print(f"warning: left over from an earlier run and maybe holding memory: {names}; end with: kill -9 {end}")
         ray.init(  # "local": never join what an earlier `ray start` left in /tmp/ray
             address="local", num_cpus=max(os.cpu_count() or 1, cfg.world_size), include_dashboard=False,
             log_to_driver=False, runtime_env=env, logging_level="error",

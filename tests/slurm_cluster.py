@@ -33,7 +33,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
-SlurmdTimeout=15
+SlurmdTimeout=60
 KillWait=5
 ReturnToService=2
 NodeName=n1 NodeAddr={network}.11 CPUs=4 RealMemory=4000
@@ -48,8 +48,9 @@ def missing() -> str:
         return "a Slurm in network namespaces needs root"
     if absent := [name for name in PROGRAMS if not shutil.which(name)]:
         return f"no {', '.join(absent)} here: apt-get install slurm-wlm munge iproute2"
-    probe = subprocess.run(["unshare", "--net", "--mount", "--uts", "true"], capture_output=True, text=True)
-    return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else ""
+    links = "ip link add type veth && ip link add type bridge && mount --bind /etc/hosts /etc/hosts"
+    probe = subprocess.run(["unshare", "--net", "--mount", "--uts", "sh", "-c", links], capture_output=True, text=True)
+    return f"no network namespaces here: {' '.join(probe.stderr.split())}" if probe.returncode else ""
 
 
 def run(*command: str, check: bool = True, **kwargs: Any) -> str:

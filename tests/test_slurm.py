@@ -15,6 +15,8 @@ from test_run import BATCH, command, read
 needs_slurm = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 SECRET = "planted-secret-0123456789abcdef"
 STEPS = 5
+QUICK_TO_NOTICE = {f"RAY_health_check_{k}": v for k, v in
+                   {"period_ms": "1000", "timeout_ms": "2000", "failure_threshold": "3"}.items()}  # fmt: skip
 # What a driver sees: its own nodes, not the other job's; ranks of a node are neighbours, the driver's node comes first
 LOOK = """
 import sys, ray, launch
@@ -151,8 +153,8 @@ def test_two_jobs_share_the_nodes_one_idle_and_attached_one_failing(slurm):
     assert idle.show("JobState") == "RUNNING"
     slurm.slurm("scancel", idle.id)
     idle.exit_code(30)
-    assert not (idle.logs / "ray-token").exists()
     slurm.wait(lambda: slurm.states() == {"idle"}, 20, "the nodes are still busy")
+    assert not (idle.logs / "ray-token").exists()
     no_secret_in_logs(slurm)
 
 
@@ -178,7 +180,7 @@ def test_worker_that_never_joins_is_named(slurm):
 def test_training_over_two_nodes(slurm, training, tmp_path):
     """It learns as on one machine, through a save and requeue on SIGUSR1; then a node dies and the job ends."""
     job = Job(slurm, "train", ("--config=recipes/quickstart.yaml", *training, f"logger.log_dir={tmp_path}/logs",
-        f"checkpointing.checkpoint_dir={tmp_path}/checkpoints"), REQUEUE="1")  # fmt: skip
+        f"checkpointing.checkpoint_dir={tmp_path}/checkpoints"), REQUEUE="1", **QUICK_TO_NOTICE)  # fmt: skip
     metrics = tmp_path / "logs" / "metrics.jsonl"
     job.wait(lambda: len(read(metrics)) >= 2, 100, "no second step")
     no_secret_in_command_lines()

@@ -102,27 +102,25 @@ def check_before_start(cfg: Config) -> None:
 
 
 def leftovers() -> dict[int, str]:
-    """This user's Ray and vLLM processes on this machine whose parent is gone: pid and name."""
-    found = {}
+    """This user's Ray and vLLM processes on this machine that no running program owns: pid and name."""
+    names, parents = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            name, status = program(folder), (folder / "status").read_text()
-            parent = program(Path("/proc", re.search(r"PPid:\s+(\d+)", status)[1]))
-            mine = folder.stat().st_uid == os.getuid()
+            if folder.stat().st_uid == os.getuid():
+                argument = (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+                names[int(folder.name)] = argument.rpartition("/")[2]
+                status = (folder / "status").read_text()
+                parents[int(folder.name)] = int(re.search(r"PPid:\s+(\d+)", status)[1])
         except OSError:  # it ended while we looked
             continue
-        running = "python" in parent or re.match(RAY_OR_VLLM, parent)
-        if mine and re.match(RAY_OR_VLLM, name) and not running:
-            found[int(folder.name)] = name
-    return found
 
+    def left_over(pid: int) -> bool:
+        if not re.match(r"raylet$|gcs_server$|ray::|VLLM::", names.get(pid, "")):
+            return False
+        parent = parents.get(pid, 0)
+        return left_over(parent) or not re.match(r"raylet$|ray::|VLLM::|python", names.get(parent, ""))
 
-RAY_OR_VLLM = r"raylet$|gcs_server$|ray::|VLLM::"
-
-
-def program(folder: Path) -> str:
-    """The name of a process, as it gives it itself, from its folder in /proc."""
-    return (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").rpartition("/")[2]
+    return {pid: names[pid] for pid in names if left_over(pid)}
 
 
 def start_ray(cfg: Config, stop: StopRequests) -> Any:

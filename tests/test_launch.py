@@ -1,8 +1,11 @@
 """launch.py: what a run says before it starts, and a machine on which an earlier one left something."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -54,7 +57,8 @@ def test_a_run_beside_what_an_earlier_ray_left():
         )
     finally:
         for pid in set(leftovers()) - before:
-            psutil.Process(pid).kill()
+            with suppress(ProcessLookupError):  # it went with its parent
+                os.kill(pid, signal.SIGKILL)
     assert "nodes 1 cluster" in done.stdout
     assert f":{port}" not in done.stdout
     warning = done.stdout.splitlines()[0]

@@ -1,6 +1,8 @@
 """What a run needs around it: Ray and its placement, checks before anything starts, and errors in one line."""
 
+import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -12,7 +14,7 @@ from typing import Any
 import ray
 import torch
 
-from config import Config, ConfigError, seconds
+from config import Config, ConfigError, load_config, seconds
 
 
 class RunError(RuntimeError):
@@ -93,32 +95,84 @@ def check_before_start(cfg: Config) -> None:
                 "logger.wandb_enabled=true but WANDB_API_KEY is not set; export it, or WANDB_MODE=offline, or pass "
                 "logger.wandb_enabled=false"
             )
-    if cfg.device == "cuda" and not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ:
+    if "RAY_ADDRESS" in os.environ:
+        return  # the machines are checked when they are known, in start_ray
+    if cfg.cluster.num_nodes > 1:
+        raise ConfigError(
+            f"cluster.num_nodes={cfg.cluster.num_nodes} needs a Ray cluster over the nodes: start it with submit.sh, "
+            "or pass cluster.num_nodes=1"
+        )
+    if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("cluster.gpus_per_node is above 0 but this machine has no GPU; pass cluster.gpus_per_node=0")
 
 
+def leftovers() -> dict[int, str]:
+    """This user's Ray and vLLM processes on this machine that no running program owns: pid and name."""
+    names, parents = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if folder.stat().st_uid == os.getuid():
+                argument = (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+                names[int(folder.name)] = argument.rpartition("/")[2]
+                status = (folder / "status").read_text()
+                parents[int(folder.name)] = int(re.search(r"PPid:\s+(\d+)", status)[1])
+        except OSError:  # it ended while we looked
+            continue
+
+    def left_over(pid: int) -> bool:
+        if not re.match(r"raylet$|gcs_server$|ray::|VLLM::", names.get(pid, "")):
+            return False
+        parent = parents.get(pid, 0)
+        return left_over(parent) or not re.match(r"raylet$|ray::|VLLM::|python", names.get(parent, ""))
+
+    return {pid: names[pid] for pid in names if left_over(pid)}
+
+
 def start_ray(cfg: Config, stop: StopRequests) -> Any:
-    """Join the cluster at RAY_ADDRESS or start Ray here; reserve one bundle per rank. Returns the placement group."""
+    """Join the cluster at RAY_ADDRESS or start Ray here; reserve one bundle per rank. Returns the placement group.
+
+    Bundles follow the nodes, the driver's first: bundle b is on node b // bundles per node, so ranks of a
+    tensor-parallel group are neighbours. A policy rank and an engine with the same bundle share a GPU.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     here = str(Path(__file__).resolve().parent)
     env = {"env_vars": {"PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}}
     if "RAY_ADDRESS" in os.environ:
-        ray.init(address="auto", runtime_env=env, log_to_driver=False)
+        ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=env, log_to_driver=False)
     else:
-        ray.init(
+        if old := leftovers():
+            names = ", ".join(f"{name} ({pid})" for pid, name in old.items())
+            end = " ".join(map(str, old))
+            print(f"warning: left over from an earlier run and maybe holding memory: {names}; end with: kill -9 {end}")
+        ray.init(  # "local": never join what an earlier `ray start` left in /tmp/ray
             address="local", num_cpus=max(os.cpu_count() or 1, cfg.num_bundles), include_dashboard=False,
             log_to_driver=False, runtime_env=env, logging_level="error",
         )  # fmt: skip
     stop.listen()  # again: ray.init put in a handler that would print a native stack trace and skip our clean-up
     bundle = {"CPU": 1, "GPU": 1} if cfg.device == "cuda" else {"CPU": 1}
-    placement = ray.util.placement_group([bundle] * cfg.num_bundles, strategy="PACK")
+    ranks = cfg.bundles_per_node
+    bundles = [bundle | {f"node:{address}": 0.001} for address in nodes_with(bundle, ranks, cfg) for _ in range(ranks)]
+    placement = ray.util.placement_group(bundles)
     if not placement.wait(timeout_seconds=min(60.0, cfg.cluster.timeout_s)):
-        have = {k: v for k, v in ray.cluster_resources().items() if k in bundle}
         raise RunError(
-            f"cluster.num_nodes={cfg.cluster.num_nodes} x gpus_per_node={cfg.cluster.gpus_per_node} asks for "
-            f"{cfg.num_bundles} x {bundle}, Ray offers {have}; correct these keys or add machines"
+            f"{cfg.cluster.num_nodes} x {ranks} x {bundle} are not free on this Ray cluster: is another run on it? "
+            f"Free now: { {k: v for k, v in ray.available_resources().items() if k in bundle} }"
         )
     return placement
+
+
+def nodes_with(bundle: dict[str, int], ranks: int, cfg: Config) -> list[str]:
+    """Addresses of `cluster.num_nodes` nodes that have `ranks` times `bundle`, the driver's own first."""
+    here = ray.get_runtime_context().get_node_id()
+    alive = sorted((n["NodeID"] != here, n["NodeManagerAddress"], n["Resources"]) for n in ray.nodes() if n["Alive"])
+    fit = [address for _, address, has in alive if all(has.get(k, 0) >= v * ranks for k, v in bundle.items())]
+    if len(fit) < cfg.cluster.num_nodes:
+        offers = "; ".join(f"{address}: { ({k: has.get(k, 0) for k in bundle}) }" for _, address, has in alive)
+        raise RunError(
+            f"cluster.num_nodes={cfg.cluster.num_nodes} with cluster.gpus_per_node={cfg.cluster.gpus_per_node} needs "
+            f"{ranks} x {bundle} on each node, but Ray offers {offers}; correct these keys or add nodes"
+        )
+    return fit[: cfg.cluster.num_nodes]
 
 
 def explain(error: BaseException) -> str:
@@ -131,3 +185,19 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.GetTimeoutError):
         return "a policy or rollout actor did not answer within cluster.timeout_s; raise it, or look at Ray's logs"
     return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+
+
+def main() -> None:
+    """Check a configuration without starting anything; submit.sh does, before the job waits in a queue."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--config", default="config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args()
+    try:
+        check_before_start(load_config(args.config, args.overrides))
+    except ConfigError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

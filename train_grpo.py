@@ -593,7 +593,7 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to it; + and ++ are accepted"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         train(load_config(args.config, args.overrides))
     except (ConfigError, RunError) as e:

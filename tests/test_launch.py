@@ -1,0 +1,71 @@
+"""launch.py: what a run says before it starts, and a machine on which an earlier one left something."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+from test_run import wait_for
+
+from config import ConfigError, load_config
+from launch import check_before_start, leftovers
+
+LOCAL_RUN = """
+import ray, launch
+from config import load_config
+
+launch.start_ray(load_config("recipes/quickstart.yaml", []), launch.StopRequests(None))
+print("nodes", len(ray.nodes()), "cluster", ray.get_runtime_context().gcs_address)
+ray.shutdown()
+"""
+
+
+def test_many_nodes_need_a_cluster(quickstart_overrides, monkeypatch):
+    cfg = load_config(ROOT / "recipes" / "quickstart.yaml", [*quickstart_overrides, "cluster.num_nodes=2"])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(
+        ConfigError, match="cluster.num_nodes=2 needs a Ray cluster over the nodes: start it with submit"
+    ):
+        check_before_start(cfg)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    check_before_start(cfg)
+
+
+@pytest.mark.slow
+def test_a_run_beside_what_an_earlier_ray_left():
+    """It neither joins the old Ray nor stops for it, and names its processes with the command that ends them."""
+    before = set(leftovers())
+    ray = Path(sys.executable).with_name("ray")
+    subprocess.run(
+        [ray, "start", "--head", "--port=0", "--include-dashboard=false", "--num-cpus=1"],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    try:
+        old = {pid: name for pid, name in leftovers().items() if pid not in before}
+        assert set(old.values()) >= {"raylet", "gcs_server"}
+        port = next(
+            re.search(r"gcs_server_port=(\d+)", c)[1] for p in old if "gcs_server_port" in (c := command_line(p))
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", LOCAL_RUN], capture_output=True, text=True, timeout=90, cwd=ROOT, check=True
+        )
+    finally:
+        for pid in set(leftovers()) - before:
+            with suppress(ProcessLookupError):  # it went with its parent
+                os.kill(pid, signal.SIGKILL)
+    assert "nodes 1 cluster" in done.stdout
+    assert f":{port}" not in done.stdout
+    warning = done.stdout.splitlines()[0]
+    assert warning.startswith("warning: left over from an earlier run")
+    assert {int(pid) for pid in warning.rpartition("kill -9 ")[2].split()} >= set(old)
+    wait_for(lambda: not set(old) & set(leftovers()), 20, "the end of the old processes")
+
+
+def command_line(pid: int) -> str:
+    return " ".join(psutil.Process(pid).cmdline())

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submit a training to Slurm, or with --dry-run only show what would run:
-#   EXP_NAME=first NUM_ACTOR_NODES=8 REPO_LOCATION=$PWD bash submit.sh [--dry-run] --config=config.yaml [section.key=value ...]
+#   EXP_NAME=first NUM_ACTOR_NODES=8 REPO_LOCATION=$PWD bash submit.sh [--dry-run] --config=config.yaml [key=value ...]
 # The arguments are train_grpo.py's. Variables (README has the table):
 #   required   EXP_NAME, NUM_ACTOR_NODES, REPO_LOCATION (this repository, on a file system that all nodes share)
 #   optional   GPUS_PER_NODE (8; 0: CPU), ACCOUNT, PARTITION, TIME (04:00:00), REQUEUE=1, CPUS_PER_NODE (unset: whole
@@ -26,7 +26,8 @@ for name in EXP_NAME NUM_ACTOR_NODES REPO_LOCATION; do
     [[ -n ${!name-} ]] || missing+=" $name"
 done
 [[ -z $missing ]] || fail "set$missing; see the head of submit.sh"
-[[ $EXP_NAME =~ ^[A-Za-z0-9._-]+$ ]] || fail "EXP_NAME='$EXP_NAME' names a folder and a job: letters, digits, . _ - only"
+[[ $EXP_NAME =~ ^[A-Za-z0-9._-]+$ ]] ||
+    fail "EXP_NAME='$EXP_NAME' names a folder and a job: letters, digits, . _ - only"
 [[ $NUM_ACTOR_NODES =~ ^[1-9][0-9]*$ ]] || fail "NUM_ACTOR_NODES='$NUM_ACTOR_NODES' is not a number of nodes"
 [[ ${GPUS_PER_NODE:=8} =~ ^[0-9]+$ ]] || fail "GPUS_PER_NODE='$GPUS_PER_NODE' is not a number of GPUs"
 [[ ${REQUEUE:=0} =~ ^[01]$ ]] || fail "REQUEUE='$REQUEUE' is neither 0 nor 1"
@@ -36,7 +37,7 @@ command -v sbatch >/dev/null || ((dry_run)) || fail "no sbatch here: run this on
 REPO_LOCATION=$(realpath "$REPO_LOCATION")
 BASE_LOG_DIR=$(realpath -m "${BASE_LOG_DIR:-$REPO_LOCATION/results/$EXP_NAME}")
 if [[ -n ${CONTAINER-} ]]; then
-    [[ -n ${MOUNTS-} ]] || fail "CONTAINER is set but MOUNTS is not; it must make $REPO_LOCATION visible, for example MOUNTS=/home:/home"
+    [[ -n ${MOUNTS-} ]] || fail "CONTAINER is set but MOUNTS is not; it must show $REPO_LOCATION: MOUNTS=/home:/home"
     VENV=${VENV-} # the container's own Python
 else
     [[ -z ${MOUNTS-} ]] || fail "MOUNTS is set but CONTAINER is not"

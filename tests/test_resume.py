@@ -1,6 +1,7 @@
 """Checkpoints and resume of the real script: bit for bit after any death, who may continue what, what is kept."""
 
 import dataclasses
+import gc
 import json
 import math
 import re
@@ -191,6 +192,7 @@ def opened(base, warm_model, whole):
     """Open the finished run's checkpoints with other settings, as a run that continues them does."""
 
     def open_with(*more: str) -> Checkpoints:
+        gc.collect()  # errors raised before hold the Checkpoints that raised them, and these the lock
         recipe = ROOT / "recipes" / "quickstart.yaml"
         return Checkpoints(load_config(recipe, overrides(base, warm_model, whole, *more)))
 

@@ -92,6 +92,8 @@ def test_first_step_against_an_independent_computation(short_run, warm_model):
 
 @pytest.mark.slow
 def test_console_and_loggers(short_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     folder, done = short_run
     for words in ("Step 1/3", "Step 3/3", "reward 0.", "gen_kl_error", "validation: accuracy", "tokens/s", "generate"):
         assert words in done.stdout
@@ -101,7 +103,9 @@ def test_console_and_loggers(short_run):
     times = list(steps[1:])
     assert all(m["time/step_s"] > m["time/generate_s"] + m["time/train_s"] for m in times)
     assert list((folder / "logs" / "wandb").glob("offline-run-*/*.wandb"))
-    assert list((folder / "logs" / "tensorboard").glob("events.out.*"))
+    events = EventAccumulator(str(folder / "logs" / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("validation/accuracy")] == [0, 2, 3]
+    assert [e.step for e in events.Scalars("reward")] == [1, 2, 3]
 
 
 @pytest.mark.slow

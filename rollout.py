@@ -57,6 +57,8 @@ class RolloutWorker:
             gpu_memory_utilization=v.gpu_memory_utilization,
             kv_cache_memory_bytes=v.kv_cache_memory_bytes,
             enforce_eager=v.enforce_eager,
+            # Of a prompt in pieces vLLM takes back the draws of a prompt's own seed, which a CPU generator cannot do.
+            enable_chunked_prefill=False if device == "cpu" else None,
             enable_sleep_mode=device == "cuda" and generation.colocated.enabled and generation.colocated.sleep,
             logprobs_mode="processed_logprobs",  # after temperature, like the trainer's
             disable_log_stats=True,
@@ -82,6 +84,7 @@ class RolloutWorker:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        self.reset_prefix_cache()  # keys computed in a validation before would be rounded otherwise
         seeds: list[int | None] = seed if isinstance(seed, list) else [None] * len(prompts)
         if isinstance(seed, int):
             torch.manual_seed(seed)  # vLLM samples from torch's generator or, in its newer runner, seeds each

@@ -94,6 +94,8 @@ def test_first_step_against_an_independent_computation(short_run, warm_model):
 
 @pytest.mark.slow
 def test_console_and_loggers(short_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     folder, done = short_run
     for words in (
         "from the command to the first step",
@@ -112,13 +114,15 @@ def test_console_and_loggers(short_run):
     times = list(steps[1:])
     assert all(m["time/step_s"] > m["time/generate_s"] + m["time/train_s"] for m in times)
     assert list((folder / "logs" / "wandb").glob("offline-run-*/*.wandb"))
-    assert list((folder / "logs" / "tensorboard").glob("events.out.*"))
     assert [p.name for p in (folder / "logs" / "profile").iterdir()] == ["step_2.json"]
     names = {
         event.get("name")
         for event in json.loads((folder / "logs" / "profile" / "step_2.json").read_text())["traceEvents"]
     }
     assert {"TokenLogprobs", "TokenLogprobsBackward", "aten::mm"} <= names
+    events = EventAccumulator(str(folder / "logs" / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("validation/accuracy")] == [0, 2, 3]
+    assert [e.step for e in events.Scalars("reward")] == [1, 2, 3]
 
 
 @pytest.mark.slow

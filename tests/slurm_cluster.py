@@ -20,6 +20,7 @@ SLURM_CONF = """
 ClusterName=test
 SlurmctldHost=controller({network}.1)
 SlurmUser=root
+FirstJobId={first_job}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=6
 StateSaveLocation={folder}/state
@@ -64,12 +65,16 @@ class SlurmCluster:
 
     def __init__(self, folder: Path):
         self.folder, self.prefix = folder, f"g{os.getpid()}"
+        # ray.sub names folders in /tmp by the job: let them not be those of another test's cluster on this machine
+        self.first_job = 1 + os.getpid() % 100_000 * 100
         self.network = f"10.213.{os.getpid() % 250}"
         self.daemons: dict[str, subprocess.Popen] = {}
         self.env = os.environ | {"SLURM_CONF": f"{folder}/slurm.conf"}
         for name in ("state", *(f"spool-{n}" for n in NODES)):
             (folder / name).mkdir()
-        (folder / "slurm.conf").write_text(SLURM_CONF.format(folder=folder, network=self.network))
+        (folder / "slurm.conf").write_text(
+            SLURM_CONF.format(folder=folder, network=self.network, first_job=self.first_job)
+        )
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # none is used, but slurmd wants one
         hosts = [f"{self.network}.{i} {name}" for i, name in ((1, "controller"), (11, "n1"), (12, "n2"))]
         (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
@@ -161,3 +166,6 @@ class SlurmCluster:
             run("ip", "netns", "del", f"{self.prefix}{node}", check=False)
         for link in ("v0", "v1", "br"):
             run("ip", "link", "del", f"{self.prefix}{link}", check=False)
+        for job in range(self.first_job, self.first_job + 100):  # a killed node leaves its own
+            for node in range(len(NODES)):
+                shutil.rmtree(f"/tmp/ray-{job}-{node}", ignore_errors=True)

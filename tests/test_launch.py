@@ -1,5 +1,6 @@
 """launch.py: what a run says before it starts, and a machine on which an earlier one left something."""
 
+import os
 import re
 import subprocess
 import sys
@@ -38,11 +39,11 @@ def test_many_nodes_need_a_cluster(quickstart_overrides, monkeypatch):
 @pytest.mark.slow
 def test_a_run_beside_what_an_earlier_ray_left():
     """It neither joins the old Ray nor stops for it, and names its processes with the command that ends them."""
-    before = set(leftovers())
+    before, mark = set(leftovers()), f"test {os.getpid()}"
     ray = Path(sys.executable).with_name("ray")
     subprocess.run(
         [ray, "start", "--head", "--port=0", "--include-dashboard=false", "--num-cpus=1"],
-        check=True, capture_output=True, timeout=60,
+        check=True, capture_output=True, timeout=60, env=os.environ | {"LEFT_BY": mark},
     )  # fmt: skip
     try:
         old = {pid: name for pid, name in leftovers().items() if pid not in before}
@@ -54,10 +55,9 @@ def test_a_run_beside_what_an_earlier_ray_left():
             [sys.executable, "-c", LOCAL_RUN], capture_output=True, text=True, timeout=90, cwd=ROOT, check=True
         )
     finally:
-        session = re.search(r"session_[\d_-]+", " ".join(command_line(pid) for pid in set(leftovers()) - before))[0]
         for process in psutil.process_iter():  # also the helpers that leftovers() does not name: they hold little
             with suppress(psutil.Error):  # it went with its parent
-                if session in " ".join(process.cmdline()):
+                if process.pid in set(leftovers()) - before or process.environ().get("LEFT_BY") == mark:
                     process.kill()
     assert "nodes 1 cluster" in done.stdout
     assert f":{port}" not in done.stdout

@@ -143,7 +143,10 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
         if old := leftovers():
             names = ", ".join(f"{name} ({pid})" for pid, name in old.items())
             end = " ".join(map(str, old))
-            print(f"warning: left over from an earlier run and maybe holding memory: {names}; end with: kill -9 {end}")
+            warning = (
+                f"warning: left over from an earlier run and maybe holding memory: {names}; end with: kill -9 {end}"
+            )
+            print(warning, file=sys.stderr, flush=True)
         ray.init(  # "local": never join what an earlier `ray start` left in /tmp/ray
             address="local", num_cpus=max(os.cpu_count() or 1, cfg.num_bundles), include_dashboard=False,
             log_to_driver=False, runtime_env=env, logging_level="error",

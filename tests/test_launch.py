@@ -61,7 +61,7 @@ def test_a_run_beside_what_an_earlier_ray_left():
                     process.kill()
     assert "nodes 1 cluster" in done.stdout
     assert f":{port}" not in done.stdout
-    warning = done.stdout.splitlines()[0]
+    warning = next(line for line in done.stderr.splitlines() if "warning" in line)
     assert warning.startswith("warning: left over from an earlier run")
     assert {int(pid) for pid in warning.rpartition("kill -9 ")[2].split()} >= set(old)
     wait_for(lambda: not set(old) & set(leftovers()), 20, "the end of the old processes")

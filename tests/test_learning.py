@@ -43,8 +43,7 @@ def run(quickstart_overrides, warm_model, tmp_path):
     return start
 
 
-OPTIONS = {
-    "grpo": ["loss_fn.variant=grpo"],
+OPTIONS = {  # the last two are of the variant grpo
     "dr_grpo": ["loss_fn.variant=dr_grpo"],
     "cispo": ["loss_fn.variant=cispo"],
     "gspo": ["loss_fn.variant=gspo", "policy.train_global_batch_size=64", "policy.optimizer.lr=4e-4"],

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
 import socket
 import tempfile
 import time
@@ -182,7 +181,6 @@ class Run:
     """What `train_grpo.update` needs of a run: the configuration, a real rank, no profile, no known peaks."""
 
     def __init__(self, cfg):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         self.cfg, self.policy = cfg, PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
         self.policy.setup(free_address())
         self.log = SimpleNamespace(trace_file=lambda part: None)
@@ -292,7 +290,6 @@ def test_saved_folder_is_plain_hugging_face(config, tmp_path):
 
     cfg = config()
     worker = PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     worker.setup(free_address())
     try:
         batch = random_batch(3)

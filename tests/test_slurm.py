@@ -56,7 +56,7 @@ def training(warm_model, arithmetic_rows) -> list[str]:
 
 def variables(**given: str) -> dict[str, str]:
     """An environment for submit.sh: CPU, two nodes, two jobs fit on a node."""
-    drop = ("SLURM", "SBATCH", "RAY_", "COMMAND", "CONTAINER", "MOUNTS", "WANDB")
+    drop = ("SLURM", "SBATCH", "RAY_", "GLOO_", "COMMAND", "CONTAINER", "MOUNTS", "WANDB")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
     needed = {
         "EXP_NAME": "test", "NUM_ACTOR_NODES": "2", "REPO_LOCATION": str(ROOT), "VENV": sys.prefix, "TIME": "00:20:00",

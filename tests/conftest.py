@@ -70,4 +70,5 @@ def quickstart_overrides(arithmetic_rows, tiny_model, tmp_path):
         f"data.validation_jsonl_fpath={arithmetic_rows}/validation.jsonl",
         f"logger.log_dir={tmp_path}/logs",
         f"checkpointing.checkpoint_dir={tmp_path}/checkpoints",
+        "grpo.reward_shaping.enabled=false",
     ]

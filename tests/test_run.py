@@ -41,7 +41,8 @@ def short_run(warm_model, arithmetic_rows, tmp_path_factory):
     """Three steps of the quickstart with every logger on."""
     folder = tmp_path_factory.mktemp("run")
     overrides = [
-        *BATCH, f"policy.model_name={warm_model}", f"data.train_jsonl_fpath={arithmetic_rows}/train.jsonl",
+        *BATCH, "grpo.reward_shaping.enabled=false", f"policy.model_name={warm_model}",
+        f"data.train_jsonl_fpath={arithmetic_rows}/train.jsonl",
         f"data.validation_jsonl_fpath={arithmetic_rows}/validation.jsonl", f"logger.log_dir={folder}/logs",
         f"checkpointing.checkpoint_dir={folder}/checkpoints", "checkpointing.save_period=1",
         "checkpointing.keep_top_k=1",

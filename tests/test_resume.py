@@ -21,7 +21,7 @@ from conftest import ROOT
 from test_policy import counts, free_address, random_batch
 from test_run import BATCH, children, command, read, wait_for
 
-from checkpoint import Checkpoints, Position, kept_steps, publish, steps_in
+from checkpoint import Checkpoints, Position, kept_steps, publish, remove, steps_in
 from config import Checkpointing, ConfigError, load_config, seconds
 from launch import RunError, Stopped, StopRequests
 from policy import PolicyWorker
@@ -431,6 +431,19 @@ KEPT = {
     "numbers, not names": ({9: 0.1, 10: 0.2, 11: 0.0}, 1, True, {10, 11}),
     "none": ({}, 3, True, set()),
 }
+
+
+def test_a_death_while_a_checkpoint_is_removed_leaves_none_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_1" / "model.safetensors").touch()
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        remove(tmp_path / "step_1")
+    assert steps_in(tmp_path) == {}
 
 
 @pytest.mark.parametrize("case", KEPT)

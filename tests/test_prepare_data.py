@@ -224,7 +224,7 @@ def solve(question):
 
 def worked(question):
     kind, (a, b, *c), value = solve(question)
-    working = f"{b} * {c[0]} = {b * c[0]}, {a} + {b * c[0]} = {value}" if c else f"{question[8:-1]} = {value}"
+    working = f"{a} + {b} * {c[0]} = {a} + {b * c[0]} = {value}" if c else f"{question[8:-1]} = {value}"
     return f"{working}. The answer is \\boxed{{{value}}}."
 
 

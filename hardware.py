@@ -148,11 +148,31 @@ class Limits:
 # ---------------------------------------------------------------- memory
 
 
+def resident_bytes(cfg: Config, shape: Shape) -> dict[str, float]:
+    """What a rank of the policy keeps on its GPU from step to step, whether engines sleep or sample."""
+    tp = cfg.policy.dtensor_cfg.tensor_parallel_size
+    shard = (shape.layer_weights / tp + outside_layers(shape)) / (cfg.world_size // tp)
+    on_gpu = 0 if cfg.policy.dtensor_cfg.cpu_offload else 1
+    return {"policy: float32 master weights": 4 * shard * on_gpu, "policy: AdamW moments": 8 * shard * on_gpu}
+
+
+def outside_layers(shape: Shape) -> int:
+    """Embedding and head, which tensor parallelism does not split."""
+    return shape.total_weights - shape.layer_weights
+
+
+def not_for_kv_cache(cfg: Config, shape: Shape) -> int:
+    """Bytes of an engine's share of a GPU (`gpu_memory_utilization`) that are taken when its KV cache is measured out:
+    its weights, and beside a policy what that keeps there."""
+    beside = sum(resident_bytes(cfg, shape).values()) if cfg.policy.generation.colocated.enabled else 0
+    return int(beside) + shape.total_weights * (2 if cfg.policy.precision == "bfloat16" else 4)
+
+
 def memory_estimate(cfg: Config, shape: Shape, device_bytes: int, head_chunk: int) -> dict[str, float]:
     """GiB on the fullest GPU by what is there, before anything is allocated. Activations are a rule of thumb."""
     p, d, gen = cfg.policy, cfg.policy.dtensor_cfg, cfg.policy.generation
     tp, wide = d.tensor_parallel_size, 2 if p.precision == "bfloat16" else 4
-    outside = shape.total_weights - shape.layer_weights  # embedding and head: not split by tensor parallelism
+    outside = outside_layers(shape)
     gathered = shape.layer_weights / tp + outside
     shard = gathered / (cfg.world_size // tp)
     if d.reshard_after_forward:
@@ -161,18 +181,16 @@ def memory_estimate(cfg: Config, shape: Shape, device_bytes: int, head_chunk: in
     layer_width = 8 * shape.hidden + (3 * (shape.attention + 2 * shape.kv) + 4 * shape.intermediate) / tp
     kept = shape.layers * shape.hidden + layer_width if d.activation_checkpointing else shape.layers * layer_width
     off = 0 if d.cpu_offload else 1
-    estimate = {
-        "policy: float32 master weights": 4 * shard * off,
-        "policy: AdamW moments": 8 * shard * off,
+    estimate = resident_bytes(cfg, shape) | {
         "policy: gradients, sharded and being accumulated": 4 * shard * off + 4 * (shape.layer_weights / tp + outside),
         "policy: gathered weights": wide * gathered,
         f"policy: activations of {tokens:,} tokens": wide * tokens * kept,
         "policy: logits of one chunk": 10 * min(tokens, head_chunk) * shape.head_weights / shape.hidden,
     }
-    engine = wide * shape.total_weights
-    budget = gen.vllm_cfg.kv_cache_memory_bytes or gen.vllm_cfg.gpu_memory_utilization * device_bytes - engine
+    share = gen.vllm_cfg.gpu_memory_utilization * device_bytes
+    budget = gen.vllm_cfg.kv_cache_memory_bytes or share - not_for_kv_cache(cfg, shape)
     estimate |= {
-        "engine: weights": gen.engines_per_gpu * engine,
+        "engine: weights": gen.engines_per_gpu * wide * shape.total_weights,
         "engine: KV cache": gen.engines_per_gpu * max(budget, 0),
     }
     return {name: size / GIB for name, size in estimate.items()}
@@ -185,10 +203,15 @@ def memory_table(cfg: Config, shape: Shape, device_bytes: int, head_chunk: int) 
     policy = sum(size for name, size in estimate.items() if name.startswith("policy"))
     engine = sum(estimate.values()) - policy
     together = gen.colocated.enabled and not gen.colocated.sleep
-    need = policy + engine if together else max(policy, engine)
+    stays = sum(resident_bytes(cfg, shape).values()) / GIB if gen.colocated.enabled else 0.0
+    need = policy + engine if together else max(policy, stays + engine)
     lines = [f" • memory of a GPU in GiB, estimated; it has {total:.0f}"]
     lines += [f"   {size:7.1f}  {name}" for name, size in estimate.items()]
-    how = "together" if together else "the larger of the two, which take turns or have GPUs of their own"
+    how = "together"
+    if not gen.colocated.enabled:
+        how = "the larger of the two, which have GPUs of their own"
+    elif gen.colocated.sleep:
+        how = "the larger of the two, which take turns; master weights and moments stay"
     lines.append(f"   {need:7.1f}  policy {policy:.1f}, engine {engine:.1f}: {how}")
     if need > total:
         lines.append(f"   This may not fit: {OUT_OF_MEMORY_ADVICE}")

@@ -187,6 +187,12 @@ class PolicyWorker:
     def release_weight_bucket(self) -> None:
         self.sender.release()
 
+    def empty_cache(self) -> None:
+        """Give unused memory back to the GPU, for an engine that wakes there."""
+        if self.device.type == "cuda":
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
+
     # ---- checkpoints
 
     def _training_state(self) -> dict[str, torch.Tensor]:

@@ -146,3 +146,7 @@ class Link:
             ]
             ray.get([*loads, *buckets], timeout=self.timeout_s)
         ray.get([w.release_weight_bucket.remote() for w in self.policy], timeout=self.timeout_s)
+
+    def make_room(self) -> None:
+        """Let the policy give memory that it has no use for at the moment back to its GPU, for the engine beside it."""
+        ray.get([w.empty_cache.remote() for w in self.policy], timeout=self.timeout_s)

@@ -14,6 +14,7 @@ import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from config import Config, PolicyCfg
+from launch import OUT_OF_MEMORY_ADVICE
 from refit import Layout, Link, Route, WeightReceiver, broadcast_group, route
 
 
@@ -30,8 +31,17 @@ class Group:
 class RolloutWorker:
     """One vLLM engine; a Ray actor in training, usable directly in tests and in evaluate.py."""
 
-    def __init__(self, cfg: PolicyCfg, seed: int, device: str, model_name: str | None = None, timeout_s: float = 600.0):
-        """`model_name`: load these weights; without it the engine starts with random ones and waits for a refit."""
+    def __init__(
+        self,
+        cfg: PolicyCfg,
+        seed: int,
+        device: str,
+        model_name: str | None = None,
+        timeout_s: float = 600.0,
+        not_for_kv_cache: int | None = None,
+    ):
+        """`model_name`: load these weights; without it the engine starts with random ones and waits for a refit.
+        `not_for_kv_cache`: bytes of its share of the GPU that others take; without it vLLM measures what is free."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
@@ -45,6 +55,14 @@ class RolloutWorker:
             use_float32_logits()
         generation = cfg.generation
         v = generation.vllm_cfg
+        share, kv_bytes = v.gpu_memory_utilization, v.kv_cache_memory_bytes
+        if device == "cuda":
+            if kv_bytes is None and not_for_kv_cache is not None:
+                kv_bytes = int(share * torch.cuda.get_device_properties(0).total_memory) - not_for_kv_cache
+                if kv_bytes <= 0:
+                    raise MemoryError(f"no memory is left for the KV cache: {OUT_OF_MEMORY_ADVICE}")
+            if kv_bytes is not None:
+                share = 0.01  # vLLM asks for this share to be free at the start, and uses it for nothing then
         self.cfg, self.device, self.timeout_s = cfg, device, timeout_s
         self.llm = LLM(
             model=model_name or cfg.model_name,
@@ -54,8 +72,8 @@ class RolloutWorker:
             seed=seed,
             max_model_len=v.max_model_len,
             max_num_seqs=v.max_num_seqs,
-            gpu_memory_utilization=v.gpu_memory_utilization,
-            kv_cache_memory_bytes=v.kv_cache_memory_bytes,
+            gpu_memory_utilization=share,
+            kv_cache_memory_bytes=kv_bytes,
             enforce_eager=v.enforce_eager,
             # Of a prompt in pieces vLLM takes back the draws of a prompt's own seed, which a CPU generator cannot do.
             enable_chunked_prefill=False if device == "cpu" else None,
@@ -165,8 +183,8 @@ def use_float32_logits() -> None:
 class RolloutEngines:
     """All engines as one object for the training loop. Every call has a deadline and names what did not answer."""
 
-    def __init__(self, cfg: Config, placement: Any, model_name: str | None = None):
-        """`model_name`: as for `RolloutWorker`."""
+    def __init__(self, cfg: Config, placement: Any, model_name: str | None = None, not_for_kv_cache: int | None = None):
+        """`model_name`, `not_for_kv_cache`: as for `RolloutWorker`."""
         self.cfg, self.timeout_s = cfg, cfg.cluster.timeout_s
         colocated, gpu = cfg.policy.generation.colocated, cfg.device == "cuda"
         self.sleeps = gpu and colocated.enabled and colocated.sleep
@@ -182,7 +200,7 @@ class RolloutEngines:
                 num_gpus=share if gpu else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
                 runtime_env={"env_vars": {} if gpu else cpu_env},
-            ).remote(cfg.policy, cfg.grpo.seed + i, cfg.device, model_name, self.timeout_s)
+            ).remote(cfg.policy, cfg.grpo.seed + i, cfg.device, model_name, self.timeout_s, not_for_kv_cache)
             for i, bundle in enumerate(cfg.engine_bundles)
         ]
 
@@ -243,8 +261,10 @@ class RolloutEngines:
     def refit(self) -> None:
         """Bring the policy's weights into every engine, wake the KV memory, and forget cached prefixes."""
         if self.sleeps:
+            self.link.make_room()
             self._all("wake_up", "weights")
         self.link.refit()
         if self.sleeps:
+            self.link.make_room()
             self._all("wake_up", "kv_cache")
         self._all("reset_prefix_cache")

@@ -31,7 +31,7 @@ import torch
 
 from checkpoint import Checkpoints, Position
 from config import GRPO, Config, ConfigError, LossFn, help_text, load_config
-from hardware import Limits, Shape, memory_table
+from hardware import Limits, Shape, memory_table, not_for_kv_cache
 from launch import STOPPED, RunError, Stopped, StopRequests, check_before_start, explain, start_ray
 from logger import Logger
 from model import HEAD_CHUNK, Sequences
@@ -432,9 +432,9 @@ def train(cfg: Config) -> None:
         placement = start_ray(cfg, stop)
         rewards = RewardClient(cfg.env, cfg.logger.log_dir)
         try:
-            policy, engines = Policy(cfg, placement), RolloutEngines(cfg, placement)
+            policy, shape = Policy(cfg, placement), Shape.of(cfg.policy.model_name)
+            engines = RolloutEngines(cfg, placement, not_for_kv_cache=not_for_kv_cache(cfg, shape))
             gpu_name, gpu_bytes = policy.gpu()
-            shape = Shape.of(cfg.policy.model_name)
             if gpu_bytes:
                 print(memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK), flush=True)
             loading = policy.start() + engines.start()

@@ -5,7 +5,8 @@
 SmolLM2-135M-Instruct on the rows of recipes/smollm2-arithmetic.yaml: 32 prompts x 16 answers of at most 96 tokens a
 step. TRL is set as its documentation advises for speed: colocated vLLM, bfloat16, no activation checkpointing, fused
 AdamW, the largest micro-batch that fits (it is halved when memory runs out), no importance-sampling pass, since ours
-has none either. Both have the same learning rate, loss denominator (all tokens of the batch) and verifier.
+has none either. Both make one optimizer step per batch, with the same learning rate, loss denominator (all tokens of
+the batch) and verifier.
 OUTPUT_FOLDER gets compare_trl.json: `ratio` of the median seconds per step (without the first five), and for each side
 seconds and reward of every step.
 """
@@ -38,6 +39,7 @@ def ours(model: str, data: Path, work: Path, steps: int) -> list[dict[str, float
         f"policy.model_name={model}", f"data.train_jsonl_fpath={data}/train.jsonl", "data.validation_jsonl_fpath=null",
         f"grpo.max_num_steps={steps}", f"policy.optimizer.lr={LR}", "checkpointing.enabled=false",
         f"logger.log_dir={work}/ours", "policy.scheduler.warmup_steps=0",
+        f"policy.train_global_batch_size={PROMPTS * GROUP}",
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=work, timeout=580)
     rows = [json.loads(line) for line in (work / "ours" / "metrics.jsonl").read_text().splitlines()]

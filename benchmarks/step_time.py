@@ -57,13 +57,13 @@ KEYS = {  # name of a result: metric of train_grpo.py
 }  # fmt: skip
 
 
-def make_model(geometry: str, max_length: int, folder: Path) -> None:
+def make_model(geometry: str, folder: Path) -> None:
     """Random bfloat16 weights and a tokenizer with one token per word t0, t1, ..., as a Hugging Face folder."""
     hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, tied = GEOMETRIES[geometry]
     config = Qwen3Config(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tied,
-        max_position_embeddings=max_length, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        max_position_embeddings=40960, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -108,12 +108,14 @@ def coin_server(workers: int) -> Iterator[str]:
 def run(args: argparse.Namespace, overrides: list[str], work: Path) -> list[dict]:
     """The metrics of each step."""
     length = args.prompt_tokens + args.answer_tokens
-    make_model(args.geometry, length, work / "model")
+    model = args.model_folder or work / "model"
+    if not (model / "tokenizer.json").exists():
+        make_model(args.geometry, model)
     write_rows(work / "rows.jsonl", args.prompts * args.steps, args.prompt_tokens, GEOMETRIES[args.geometry][6])
     with coin_server(workers=4) as url:
         command = [
             sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "config.yaml"),
-            f"policy.model_name={work}/model", f"data.train_jsonl_fpath={work}/rows.jsonl",
+            f"policy.model_name={model}", f"data.train_jsonl_fpath={work}/rows.jsonl",
             "data.validation_jsonl_fpath=null", f"env.reward_url={url}", "env.reward_timeout_s=120",
             f"grpo.num_prompts_per_step={args.prompts}", f"grpo.num_generations_per_prompt={args.group}",
             f"grpo.max_num_steps={args.steps}", f"policy.max_total_sequence_length={length}",
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=150)
     parser.add_argument("--answer-tokens", type=int, default=350)
     parser.add_argument("--timeout-s", type=float, default=240)
+    parser.add_argument("--model-folder", type=Path, help="where the model is made, or lies from an earlier call")
     parser.add_argument("--name", help="of the run in FILE; default: geometry and GPUs")
     parser.add_argument("--results", type=Path)
     args, overrides = parser.parse_known_args()

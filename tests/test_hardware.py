@@ -104,7 +104,8 @@ def test_memory_estimate_by_hand(shape):
     assert found["policy: AdamW moments"] * 2**30 == 8 * mine
     assert found["policy: logits of one chunk"] * 2**30 == 10 * 4096 * 151936
     assert found["engine: weights"] * 2**30 == 2 * 596_049_920
-    assert found["engine: weights"] + found["engine: KV cache"] == pytest.approx(40)
+    stays = 12 * mine / 2**30  # beside the policy's weights and moments
+    assert found["engine: weights"] + found["engine: KV cache"] + stays == pytest.approx(40)
     table = memory_table(cfg, shape, 80 * 2**30, 4096)
     assert "it has 80" in table
     assert "may not fit" not in table

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from config import PolicyCfg
 
+GROUP_WEIGHTS = 1 << 27  # of decoder layers that FSDP gathers and reduces together, at most
 HEAD_CHUNK = 4096  # response tokens per slice of the LM head: bounds the float32 logits [HEAD_CHUNK, vocabulary]
 
 
@@ -296,10 +297,15 @@ def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel
         "reshard_after_forward": d.reshard_after_forward,
     }
     model = LogprobModel(lm)
-    for layer in lm.base_model.layers:
-        if d.compile_layers:
+    layers = list(lm.base_model.layers)
+    if d.compile_layers:
+        for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-        fully_shard(layer, **shard)
+    # Where nothing is freed between forward and backward, small layers share a group: fewer hooks and collectives.
+    size = sum(p.numel() for p in layers[0].parameters())
+    many = 1 if d.reshard_after_forward or d.activation_checkpointing else max(1, GROUP_WEIGHTS // size)
+    for start in range(0, len(layers), many):
+        fully_shard(layers[start : start + many], **shard)
     fully_shard(model, **shard)
     return model
 

@@ -308,8 +308,7 @@ def clip_gradients(parameters: Any, max_norm: float) -> torch.Tensor:
     params = [p for p in parameters if p.grad is not None]
     norms = [torch.nn.utils.get_total_norm([p.grad for p in group]).full_tensor() for group in by_mesh(params)]
     total = torch.linalg.vector_norm(torch.stack(norms))
-    for p in params:
-        p.grad.to_local().mul_((max_norm / (total + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_([p.grad.to_local() for p in params], (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
 
 

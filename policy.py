@@ -84,7 +84,16 @@ class PolicyWorker:
         weights = dict(self.model.lm.named_parameters())  # a tied head appears once, under the embedding's name
         self.sender = WeightSender(weights, getattr(torch, self.cfg.precision), self.device, self.rank)
         self.reference = [w.cpu().clone() for w in self._local_weights()] if self.keep_reference else None
+        if self.device.type == "cuda":
+            self._compile()
         return sum(p.numel() for p in self.model.parameters())
+
+    def _compile(self) -> None:
+        """Let torch.compile do its work while the engines are still loading, instead of in the first step."""
+        ids = [np.arange(3), np.arange(5)]  # two lengths, so that neither is taken for a constant
+        mb = MicroBatch.build(Sequences(ids, ids, {}, {}), self.device)
+        self.model(mb, self.cfg.generation.temperature).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _local_weights(self) -> list[torch.Tensor]:
         """This rank's shards of the float32 master weights."""

@@ -20,6 +20,7 @@ command; 143 second SIGTERM, which saves nothing.
 import argparse
 import math
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from checkpoint import Checkpoints, Position
 from config import GRPO, Config, ConfigError, LossFn, help_text, load_config
 from hardware import Limits, Shape, memory_table, not_for_kv_cache
 from launch import STOPPED, RunError, Stopped, StopRequests, check_before_start, explain, start_ray
-from logger import Logger
+from logger import Logger, since_command
 from model import HEAD_CHUNK, Sequences
 from policy import Policy
 from reward_client import UNVERIFIED, RewardClient
@@ -437,12 +438,12 @@ def train(cfg: Config) -> None:
             gpu_name, gpu_bytes = policy.gpu()
             if gpu_bytes:
                 print(memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK), flush=True)
-            loading = policy.start() + engines.start()
+            loading = {"policy": policy.start(), "engines": engines.start()}
             rows = Rows(cfg.data.train_jsonl_fpath, tokenizer, cfg.policy.max_total_sequence_length)
             val_path = cfg.data.validation_jsonl_fpath
             val_rows = Rows(val_path, tokenizer, cfg.policy.max_total_sequence_length) if val_path else None
             last_step = number_of_steps(cfg, len(rows))
-            ray.get(loading, timeout=cfg.cluster.timeout_s)
+            wait_for_loading(loading, cfg.cluster.timeout_s)
             stop_ids = end_of_sequence_ids(cfg.policy.model_name, tokenizer)
             limits = Limits(cfg, shape, gpu_name)
             run = Run(
@@ -542,6 +543,21 @@ def validate(run: Run, rows: Rows, step: int) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------- start and stop
+
+
+def wait_for_loading(parts: dict[str, list[Any]], timeout_s: float) -> None:
+    """Wait until all parts have loaded, and print how long after the command each had."""
+    began = time.monotonic()
+    names = {ref: name for name, refs in parts.items() for ref in refs}
+    waiting, ended = list(names), {}
+    while waiting:
+        ready, waiting = ray.wait(waiting, timeout=max(0.0, began + timeout_s - time.monotonic()))
+        if not ready:
+            late = ", ".join(sorted({names[ref] for ref in waiting}))
+            raise TimeoutError(f"not loaded within {timeout_s:.0f} s (cluster.timeout_s): {late}")
+        ray.get(ready)
+        ended |= {names[ref]: since_command() for ref in ready}
+    print(" • loaded: " + ", ".join(f"{name} after {s:.0f} s" for name, s in ended.items()), flush=True)
 
 
 def number_of_steps(cfg: Config, num_rows: int) -> int:

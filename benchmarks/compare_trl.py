@@ -13,6 +13,7 @@ seconds and reward of every step.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ sys.path[:0] = [str(ROOT)]
 from benchmarks.environment import environment  # noqa: E402 - the scripts lie beside this folder
 from reward_server import verify  # noqa: E402
 
-PROMPTS, GROUP, NEW_TOKENS, LR = 32, 16, 96, 1.5e-5
+PROMPTS, GROUP, NEW_TOKENS, LR = 32, 16, 96, 3e-5
 WARM_UP = 5  # steps left out of the medians: both sides compile in them
 ARITHMETIC = ["--kinds", "add,mul,add_mul", "--min-operand", "10", "--max-operand", "99", "--max-factor", "9",
               "--solved-examples", "3", "--answer-style", "worked"]  # fmt: skip
@@ -39,7 +40,6 @@ def ours(model: str, data: Path, work: Path, steps: int) -> list[dict[str, float
         f"policy.model_name={model}", f"data.train_jsonl_fpath={data}/train.jsonl", "data.validation_jsonl_fpath=null",
         f"grpo.max_num_steps={steps}", f"policy.optimizer.lr={LR}", "checkpointing.enabled=false",
         f"logger.log_dir={work}/ours", "policy.scheduler.warmup_steps=0",
-        f"policy.train_global_batch_size={PROMPTS * GROUP}",
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=work, timeout=580)
     rows = [json.loads(line) for line in (work / "ours" / "metrics.jsonl").read_text().splitlines()]
@@ -120,7 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.trl:
         args.trl.write_text(json.dumps(trl(args.model, args.data, args.output, args.steps, args.micro_batch)))
-        return
+        os._exit(0)  # vLLM in TRL's process does not always let it end by itself
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         work, model = Path(folder), str(Path(args.model).resolve())

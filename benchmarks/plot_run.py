@@ -1,9 +1,12 @@
 """Reward over steps and over training time, from the metrics.jsonl of one or more runs.
 
+Each step's mean reward is drawn faintly, and over it the mean of the last ten steps.
+
 python benchmarks/plot_run.py OUTPUT.png NAME=path/to/metrics.jsonl [NAME=...]
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -20,8 +23,11 @@ def main(output: str, *runs: str) -> None:
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
         rows = [r for r in rows if "reward" in r]
         rewards = [r["reward"] for r in rows]
-        by_step.plot([r["step"] for r in rows], rewards, label=name, linewidth=1.2)
-        by_time.plot([r["time/elapsed_s"] for r in rows], rewards, label=name, linewidth=1.2)
+        smooth = [statistics.mean(rewards[max(0, i - 9) : i + 1]) for i in range(len(rewards))]
+        for axis, key in ((by_step, "step"), (by_time, "time/elapsed_s")):
+            at = [r[key] for r in rows]
+            (line,) = axis.plot(at, smooth, label=name, linewidth=1.2)
+            axis.plot(at, rewards, color=line.get_color(), linewidth=0.6, alpha=0.25)
     by_step.set(xlabel="step", ylabel="mean reward", ylim=(0, 1))
     by_time.set(xlabel="training time in seconds")
     for axis in (by_step, by_time):

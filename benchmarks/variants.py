@@ -2,13 +2,16 @@
 
     python benchmarks/variants.py OUTPUT_FOLDER --config recipes/NAME.yaml [--only RUN ...] [overrides...]
 
+Each batch is used for four optimizer steps: with a single one all ratios are 1, and the variants would be the same.
 Each run's metrics go to OUTPUT_FOLDER/NAME.jsonl; runs that are there already are not repeated, so the work can be
-split over several calls. The default variant runs with three seeds. `--parallel N` runs N at a time, on the same GPU if
-there is one: learning is the same, seconds are not.
+split over several calls. The default variant runs with three seeds. `--parallel N` runs N at a time, dealt to
+`--gpus M` GPUs: learning is the same, seconds are not. With `--seconds S` a run ends after S seconds; the table then
+compares the steps that all runs have.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+STOPPED = 85  # exit code of a run that was asked to stop
+FOUR_STEPS = ["policy.train_global_batch_size=128", "policy.optimizer.lr=1e-5"]
 CORRECTION = ["loss_fn.use_importance_sampling_correction=true", "loss_fn.truncated_importance_sampling_ratio=2"]
 RUNS = {
     "grpo-seed42": [],
@@ -30,37 +35,53 @@ RUNS = {
 }
 
 
-def train(name: str, config: str, overrides: list[str], output: Path) -> None:
-    """One run; its metrics are copied when it finished, so a file that exists is complete."""
+KEPT = ("step", "reward", "approx_entropy", "grad_norm", "clipfrac", "probs_ratio_min", "probs_ratio_max", "loss",
+        "gen_kl_error", "token_mult_prob_error", "sampling_importance_ratio", "frac_zero_signal_groups",
+        "truncation_rate", "mean_gen_tokens", "trained_token_fraction", "time/step_s", "time/elapsed_s")  # fmt: skip
+
+
+def train(name: str, config: str, overrides: list[str], output: Path, seconds: float | None, gpu: int | None) -> None:
+    """One run; its metrics are copied when it has ended well, so a file that exists is complete."""
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
     with tempfile.TemporaryDirectory() as work:
         command = [sys.executable, str(ROOT / "train_grpo.py"), "--config", config, f"logger.log_dir={work}"]
-        command += ["checkpointing.enabled=false", *RUNS[name], *overrides]
+        command += ["checkpointing.enabled=false", *FOUR_STEPS, *RUNS[name], *overrides]
         with (output / f"{name}.txt").open("w") as console:
-            subprocess.run(command, cwd=ROOT, stdout=console, stderr=subprocess.STDOUT, check=True)
-        (output / f"{name}.jsonl").write_text((Path(work) / "metrics.jsonl").read_text())
+            run = subprocess.Popen(command, cwd=ROOT, stdout=console, stderr=subprocess.STDOUT, env=environment)
+            try:
+                code = run.wait(seconds)
+            except subprocess.TimeoutExpired:
+                run.terminate()
+                code = run.wait(60)
+        if code not in (0, STOPPED):
+            raise RuntimeError(f"exit code {code}")
+        keep(Path(work) / "metrics.jsonl", output / f"{name}.jsonl")
 
 
-def read(path: Path) -> list[dict]:
-    return [row for row in map(json.loads, path.read_text().splitlines()) if "reward" in row]
+def keep(metrics: Path, path: Path) -> None:
+    """The rows of the training steps, with what the table and the plot may need."""
+    rows = [row for row in map(json.loads, metrics.read_text().splitlines()) if "reward" in row]
+    path.write_text("".join(json.dumps({k: row[k] for k in KEPT if k in row}) + "\n" for row in rows))
 
 
-def table(output: Path) -> str:
-    """Markdown: what differs between the runs that are there."""
-    lines = ["| run | first 10 steps | last 10 | seconds | s/step, median | gen_kl_error, median | cut off, last 10 |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for name in RUNS:
-        if (output / f"{name}.jsonl").exists():
-            rows = read(output / f"{name}.jsonl")
+def table(runs: dict[str, list[dict]]) -> str:
+    """Markdown: what differs between the runs, over the steps that all of them have."""
+    steps = min(map(len, runs.values()))
+    lines = [f"Over the {steps} steps that all runs have; the last four columns are of the last 10.", ""]
+    lines += ["| run | reward, first 10 steps | last 10 | entropy | clipped tokens | ratios | gen_kl_error |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for name, rows in runs.items():
+        first, last = rows[: min(10, steps)], rows[max(0, steps - 10) : steps]
 
-            def mean(key: str, part: list[dict]) -> float:
-                return statistics.mean(row[key] for row in part)
+        def mean(key: str, part: list[dict]) -> float:
+            return statistics.mean(row[key] for row in part if key in row)
 
-            kl = statistics.median(row["gen_kl_error"] for row in rows if "gen_kl_error" in row)
-            lines.append(
-                f"| {name} | {mean('reward', rows[:10]):.3f} | {mean('reward', rows[-10:]):.3f} | "
-                f"{rows[-1]['time/elapsed_s']:.0f} | {statistics.median(r['time/step_s'] for r in rows):.2f} | "
-                f"{kl:.1e} | {mean('truncation_rate', rows[-10:]):.1%} |"
-            )
+        low, high = min(row["probs_ratio_min"] for row in last), max(row["probs_ratio_max"] for row in last)
+        lines.append(
+            f"| {name} | {mean('reward', first):.3f} | {mean('reward', last):.3f} | "
+            f"{mean('approx_entropy', last):.3f} | {mean('clipfrac', last):.2%} | {low:.2f} to {high:.2f} | "
+            f"{mean('gen_kl_error', last):.1e} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -70,17 +91,26 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--parallel", type=int, default=1)
+    parser.add_argument("--gpus", type=int, help="deal the runs to this many GPUs")
+    parser.add_argument("--seconds", type=float, help="end a run after this time")
     args, overrides = parser.parse_known_args()
     args.output.mkdir(parents=True, exist_ok=True)
     missing = [name for name in args.only if not (args.output / f"{name}.jsonl").exists()]
     with ThreadPoolExecutor(args.parallel) as pool:
-        runs = [pool.submit(train, name, args.config, overrides, args.output) for name in missing]
+        gpus = [i % args.gpus if args.gpus else None for i in range(len(missing))]
+        runs = [
+            pool.submit(train, name, args.config, overrides, args.output, args.seconds, gpu)
+            for name, gpu in zip(missing, gpus, strict=True)
+        ]
     failed = [name for name, run in zip(missing, runs, strict=True) if run.exception()]
-    (args.output / "table.md").write_text(table(args.output))
-    print(table(args.output))
-    curves = [f"{name}={args.output / name}.jsonl" for name in RUNS if (args.output / f"{name}.jsonl").exists()]
-    plot = [sys.executable, str(ROOT / "benchmarks" / "plot_run.py"), str(args.output / "reward.png"), *curves]
-    subprocess.run(plot, check=True)
+    files = {name: args.output / f"{name}.jsonl" for name in RUNS if (args.output / f"{name}.jsonl").exists()}
+    found = {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
+    if found:
+        (args.output / "table.md").write_text(table(found))
+        print(table(found))
+        curves = [f"{name}={file}" for name, file in files.items()]
+        plot = [sys.executable, str(ROOT / "benchmarks" / "plot_run.py"), str(args.output / "reward.png"), *curves]
+        subprocess.run(plot, check=True)
     if failed:
         sys.exit(f"error: {', '.join(failed)} failed, see the .txt files in {args.output}")
 

@@ -8,7 +8,17 @@ from conftest import ROOT
 from transformers import Qwen3Config
 
 from config import load_config
-from hardware import Limits, Shape, decode_cost, memory_estimate, memory_table, peaks, prefill_flops, train_flops
+from hardware import (
+    Limits,
+    Shape,
+    decode_cost,
+    memory_estimate,
+    memory_table,
+    not_for_kv_cache,
+    peaks,
+    prefill_flops,
+    train_flops,
+)
 from launch import explain
 
 # Qwen3-0.6B, counted by hand: per layer q and o 1024 x 2048, k and v 1024 x 1024, MLP 3 x 1024 x 3072, norms
@@ -104,6 +114,7 @@ def test_memory_estimate_by_hand(shape):
     assert found["policy: AdamW moments"] * 2**30 == 8 * mine
     assert found["policy: logits of one chunk"] * 2**30 == 10 * 4096 * 151936
     assert found["engine: weights"] * 2**30 == 2 * 596_049_920
+    assert not_for_kv_cache(cfg, shape) == int(12 * mine) + 2 * 596_049_920
     stays = 12 * mine / 2**30  # beside the policy's weights and moments
     assert found["engine: weights"] + found["engine: KV cache"] + stays == pytest.approx(40)
     table = memory_table(cfg, shape, 80 * 2**30, 4096)

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 
 from config import load_config
+from hardware import Shape, not_for_kv_cache
 from launch import StopRequests, start_ray
 from model import Sequences
 from policy import Policy
@@ -14,7 +15,8 @@ from rollout import RolloutEngines
 from train_grpo import grpo_loss
 
 GPU = pytest.param(1, marks=pytest.mark.gpu)
-SLEEP = pytest.param("sleep", marks=pytest.mark.gpu)  # on the CPU there is nothing to give away
+SETTINGS = [(0, "tied"), (0, "untied"), (0, "apart")]  # GPUs; on the CPU there is no memory to give away in sleep
+SETTINGS += [pytest.param(1, name, marks=pytest.mark.gpu) for name in ("tied", "untied", "apart", "sleep")]
 
 
 @pytest.fixture
@@ -25,7 +27,8 @@ def pair(request, quickstart_overrides):
     def start(*overrides: str):
         cfg = load_config(ROOT / "recipes" / "quickstart.yaml", [*quickstart_overrides, *overrides])
         placement = start_ray(cfg, StopRequests(None))
-        policy, engines = Policy(cfg, placement), RolloutEngines(cfg, placement)
+        aside = not_for_kv_cache(cfg, Shape.of(cfg.policy.model_name))
+        policy, engines = Policy(cfg, placement), RolloutEngines(cfg, placement, not_for_kv_cache=aside)
         ray.get(policy.start() + engines.start(), timeout=cfg.cluster.timeout_s)
         engines.connect(policy.workers)
         engines.refit()
@@ -63,8 +66,7 @@ def mismatch(policy: Policy, batch: Sequences) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpus", [0, GPU])
-@pytest.mark.parametrize("setting", ["tied", "untied", "apart", SLEEP])
+@pytest.mark.parametrize(("gpus", "setting"), SETTINGS)
 def test_engine_agrees_with_policy_after_refit(pair, gpus, setting, untied_model):
     """Also with a head tied to the embeddings or not, at another temperature, with prompts whose keys and values vLLM
     had cached under older weights, with two engines on a device of their own (weights over NCCL or gloo), and after
@@ -79,7 +81,10 @@ def test_engine_agrees_with_policy_after_refit(pair, gpus, setting, untied_model
             f"cluster.gpus_per_node={2 * gpus}", "cluster.cpu_ranks_per_node=2", "policy.generation.engines_per_gpu=2",
             "policy.generation.colocated.enabled=false", "policy.generation.colocated.resources.gpus_per_node=1",
         ],
-        "sleep": [],
+        "sleep": [  # the KV cache as large as the GPU allows beside the policy
+            "policy.generation.vllm_cfg.kv_cache_memory_bytes=null",
+            "policy.generation.vllm_cfg.gpu_memory_utilization=0.5",
+        ],
     }[setting]  # fmt: skip
     overrides += [f"policy.generation.colocated.sleep={setting == 'sleep'}"]
     prompts = LONG if setting == "tied" else SHORT

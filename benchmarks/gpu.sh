@@ -30,9 +30,11 @@ variants)
     data=$(mktemp -d)
     "$python" prepare_data.py arithmetic --output "$data" --kinds add,mul,add_mul --min-operand 10 --max-operand 99 \
         --max-factor 9 --solved-examples 3 --answer-style worked > /dev/null
-    timeout 590 "$python" benchmarks/variants.py "$out" --config recipes/smollm2-arithmetic.yaml --parallel 4 \
+    timeout 590 "$python" benchmarks/variants.py "$out" --config recipes/smollm2-arithmetic.yaml --parallel 8 \
+        --gpus "$("$python" -c 'import torch; print(torch.cuda.device_count())')" --seconds 480 \
         policy.model_name="$model" data.train_jsonl_fpath="$data/train.jsonl" data.validation_jsonl_fpath=null \
-        grpo.max_num_steps=150 ;;
+        policy.generation.engines_per_gpu=1 policy.generation.vllm_cfg.kv_cache_memory_bytes=1610612736 \
+        policy.sequence_packing.train_mb_tokens=4096 grpo.max_num_steps=150 ;;
 trl) timeout 590 "$python" benchmarks/compare_trl.py "$model" "$out" ;;
 speed)
     speed qwen3-0.6b qwen3-0.6b-1

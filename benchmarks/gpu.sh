@@ -16,6 +16,9 @@ speed() { # GEOMETRY NAME [arguments and overrides...]
         > "$out/$name.txt" 2>&1 || echo "$name failed, see $out/$name.txt"
     tail -n 1 "$out/$name.txt"
 }
+agreement() { # GEOMETRY: one GPU, FSDP 2 and tensor parallel 2 on the same batch
+    timeout 280 "$python" benchmarks/agreement.py "$1" --results "$out/agreement-$1.json" 2>&1 | tail -n 6
+}
 apart=(policy.generation.colocated.enabled=false policy.generation.colocated.resources.gpus_per_node=1)
 case $part in
 tests) timeout 580 "$python" -m pytest -m gpu 2>&1 | tee "$out/tests.txt" ;;
@@ -43,6 +46,7 @@ speed-4b) speed qwen3-4b qwen3-4b-1 ;;
 two) # one GPU as the yardstick, then two with twice the batch, FSDP and tensor parallel, and engines apart
     speed qwen3-1.7b qwen3-1.7b-1-of-2
     speed qwen3-1.7b qwen3-1.7b-2 --gpus 2 --prompts 64
+    agreement qwen3-4b
     speed qwen3-4b qwen3-4b-fsdp-2 --gpus 2
     speed qwen3-4b qwen3-4b-tp-2 --gpus 2 policy.dtensor_cfg.tensor_parallel_size=2
     speed qwen3-1.7b qwen3-1.7b-apart --gpus 2 "${apart[@]}"

@@ -32,7 +32,7 @@ from benchmarks.environment import environment  # noqa: E402
 
 # hidden, intermediate, layers, heads, key-value heads, head dimension, vocabulary, tied, as published
 GEOMETRIES = {
-    "tiny": (64, 128, 2, 2, 1, 32, 1024, True),
+    "tiny": (64, 128, 2, 4, 2, 32, 1024, True),
     "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936, True),
     "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151936, True),
     "qwen3-4b": (2560, 9728, 36, 32, 8, 128, 151936, True),

@@ -1,0 +1,112 @@
+"""The same updates on one GPU, with FSDP over two and with tensor parallel over two: losses, norms, log-probabilities.
+
+    python benchmarks/agreement.py GEOMETRY [--results FILE] [--cpu] [section.key=value ...]
+
+Random weights of a geometry of step_time.py and one fixed batch of random answers; two optimizer steps. How far one GPU
+is from itself with other micro-batches, which differs by rounding alone, is the yardstick. Prints a Markdown table and
+writes it with all numbers to FILE.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import ray
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+from benchmarks.environment import environment  # noqa: E402 - the scripts lie beside this folder
+from benchmarks.step_time import GEOMETRIES, make_model  # noqa: E402
+from config import load_config  # noqa: E402
+from launch import StopRequests, start_ray  # noqa: E402
+from model import Sequences  # noqa: E402
+from policy import Policy  # noqa: E402
+from train_grpo import grpo_loss  # noqa: E402
+
+PROMPTS, GROUP, PROMPT_TOKENS, ANSWER_TOKENS = 4, 8, 150, 350
+SETTINGS = {  # ranks, overrides
+    "one GPU": (1, []),
+    "one GPU, smaller micro-batches": (1, ["policy.sequence_packing.train_mb_tokens=2000"]),
+    "FSDP 2": (2, []),
+    "tensor parallel 2": (2, ["policy.dtensor_cfg.tensor_parallel_size=2"]),
+}
+
+
+def random_batch(vocabulary: int) -> Sequences:
+    """Groups of random tokens with random advantages; the engine's log-probabilities are those of uniform sampling."""
+    rng = np.random.default_rng(0)
+    count = PROMPTS * GROUP
+    prompts = [rng.integers(1, vocabulary, PROMPT_TOKENS) for _ in range(PROMPTS)]
+    answers = [rng.integers(1, vocabulary, ANSWER_TOKENS) for _ in range(count)]
+    uniform = np.full(ANSWER_TOKENS, -np.log(vocabulary), dtype=np.float32)
+    return Sequences(
+        prompt_ids=[prompt for prompt in prompts for _ in range(GROUP)],
+        response_ids=answers,
+        per_token={"rollout_logprobs_T": [uniform] * count, "mask_T": [np.ones(ANSWER_TOKENS)] * count},
+        per_sequence={"advantages_T": rng.standard_normal(count).astype(np.float32)},
+    )
+
+
+def measure(model: Path, batch: Sequences, ranks: int, cpu: bool, overrides: list[str]) -> dict:
+    """Two updates by `ranks` ranks of a fresh model; loss and gradient norm of each, log-probabilities after them."""
+    cluster = [f"cluster.cpu_ranks_per_node={ranks}"] if cpu else []
+    cfg = load_config(
+        str(ROOT / "config.yaml"),
+        [
+            f"policy.model_name={model}", "cluster.num_nodes=1", f"cluster.gpus_per_node={0 if cpu else ranks}",
+            "cluster.timeout_s=300", "policy.dtensor_cfg.tensor_parallel_size=1", "logger.wandb_enabled=false",
+            f"policy.max_total_sequence_length={PROMPT_TOKENS + ANSWER_TOKENS}", "policy.optimizer.lr=1e-4",
+            "policy.sequence_packing.train_mb_tokens=8000", f"policy.train_global_batch_size={len(batch)}",
+            f"grpo.num_prompts_per_step={PROMPTS}", f"grpo.num_generations_per_prompt={GROUP}",
+            "loss_fn.use_importance_sampling_correction=true", *cluster, *overrides,
+        ],
+    )  # fmt: skip
+    placement = start_ray(cfg, StopRequests(None))
+    try:
+        policy = Policy(cfg, placement)
+        ray.get(policy.start(), timeout=cfg.cluster.timeout_s)
+        counts = {"num_valid_tokens": float(len(batch) * ANSWER_TOKENS), "num_valid_sequences": float(len(batch))}
+        steps = [policy.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts}) for _ in range(2)]
+        logprobs = np.concatenate(policy.logprobs(batch))
+        return {
+            "loss": [s["loss"] for s in steps],
+            "grad_norm": [s["grad_norm"] for s in steps],
+            "logprobs": logprobs,
+            **policy.memory(),
+        }
+    finally:
+        ray.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("geometry", choices=GEOMETRIES)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--cpu", action="store_true", help="gloo ranks instead of GPUs")
+    args, overrides = parser.parse_known_args()
+    batch = random_batch(GEOMETRIES[args.geometry][6])
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(args.geometry, Path(folder))
+        found = {
+            name: measure(Path(folder), batch, ranks, args.cpu, [*own, *overrides])
+            for name, (ranks, own) in SETTINGS.items()
+        }
+    reference = found["one GPU"]["logprobs"]
+    lines = ["| | loss, two steps | gradient norm | log-probabilities after them: mean, largest difference |"]
+    lines += ["|---|---|---|---|"]
+    for name, result in found.items():
+        gap = np.abs(result.pop("logprobs") - reference)
+        result |= {"logprob_gap_mean": float(gap.mean()), "logprob_gap_max": float(gap.max())}
+        numbers = [" ".join(f"{x:.6f}" for x in result[key]) for key in ("loss", "grad_norm")]
+        lines.append(f"| {name} | {numbers[0]} | {numbers[1]} | {gap.mean():.2e}, {gap.max():.2e} |")
+    print("\n".join(lines))
+    if args.results:
+        report = {"model": args.geometry, **environment(), "overrides": overrides, "runs": found}
+        args.results.write_text(json.dumps(report | {"table": lines}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

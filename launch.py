@@ -147,8 +147,10 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
                 f"warning: left over from an earlier run and maybe holding memory: {names}; end with: kill -9 {end}"
             )
             print(warning, file=sys.stderr, flush=True)
-        ray.init(  # "local": never join what an earlier `ray start` left in /tmp/ray
-            address="local", num_cpus=max(os.cpu_count() or 1, cfg.num_bundles), include_dashboard=False,
+        # "local": never join what an earlier `ray start` left in /tmp/ray. As many CPUs as bundles ask for, since Ray
+        # starts a Python process for each, which nothing here uses.
+        ray.init(
+            address="local", num_cpus=cfg.num_bundles, include_dashboard=False,
             log_to_driver=False, runtime_env=env, logging_level="error",
         )  # fmt: skip
     stop.listen()  # again: ray.init put in a handler that would print a native stack trace and skip our clean-up

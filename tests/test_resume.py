@@ -366,8 +366,8 @@ def rank_that_saves(rank: int, world_size: int, address: str, cfg) -> None:
 
 
 @pytest.mark.slow
-def test_saving_does_not_hold_up_the_next_step_and_a_full_disk_loses_nothing(quickstart_overrides):
-    spawn(rank_that_saves, 1, config_of(Path(quickstart_overrides[-1].partition("=")[2]), quickstart_overrides))
+def test_saving_does_not_hold_up_the_next_step_and_a_full_disk_loses_nothing(quickstart_overrides, tmp_path):
+    spawn(rank_that_saves, 1, config_of(tmp_path / "checkpoints", quickstart_overrides))
 
 
 def ranks_that_save(rank: int, world_size: int, address: str, cfg, folder: str) -> None:

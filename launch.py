@@ -15,6 +15,7 @@ import ray
 import torch
 
 from config import Config, ConfigError, load_config, seconds
+from logger import since_command
 
 
 class RunError(RuntimeError):
@@ -164,6 +165,21 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
             f"Free now: { {k: v for k, v in ray.available_resources().items() if k in bundle} }"
         )
     return placement
+
+
+def wait_for_loading(parts: dict[str, list[Any]], timeout_s: float) -> None:
+    """Wait until all parts have loaded, and print how long after the command each had."""
+    began = time.monotonic()
+    names = {ref: name for name, refs in parts.items() for ref in refs}
+    waiting, ended = list(names), {}
+    while waiting:
+        ready, waiting = ray.wait(waiting, timeout=max(0.0, began + timeout_s - time.monotonic()))
+        if not ready:
+            late = ", ".join(sorted({names[ref] for ref in waiting}))
+            raise TimeoutError(f"not loaded within {timeout_s:.0f} s (cluster.timeout_s): {late}")
+        ray.get(ready)
+        ended |= {names[ref]: since_command() for ref in ready}
+    print(" • loaded: " + ", ".join(f"{name} after {s:.0f} s" for name, s in ended.items()), flush=True)
 
 
 def nodes_with(bundle: dict[str, int], ranks: int, cfg: Config) -> list[str]:

@@ -65,7 +65,7 @@ KINDS: dict[str, tuple[str, str, str, Callable[[int, int, int], int]]] = {
     "add": ("ab", "{a} + {b}", "{a} + {b} = {value}", lambda a, b, c: a + b),
     "sub": ("ab", "{a} - {b}", "{a} - {b} = {value}", lambda a, b, c: a - b),
     "mul": ("ac", "{a} * {c}", "{a} * {c} = {value}", lambda a, b, c: a * c),
-    # The working repeats the question first, as those above do: a small model then needs to find one step less.
+    # The working begins with the question, as those above do.
     "add_mul": ("abc", "{a} + {b} * {c}", "{a} + {b} * {c} = {a} + {product} = {value}", lambda a, b, c: a + b * c),
 }
 ANSWER_STYLES = {"boxed": "\\boxed{{{value}}}", "worked": "{working}. The answer is \\boxed{{{value}}}."}

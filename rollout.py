@@ -184,7 +184,8 @@ class RolloutEngines:
     """All engines as one object for the training loop. Every call has a deadline and names what did not answer."""
 
     def __init__(self, cfg: Config, placement: Any, model_name: str | None = None, not_for_kv_cache: int | None = None):
-        """`model_name`, `not_for_kv_cache`: as for `RolloutWorker`."""
+        """`model_name`, `not_for_kv_cache`: as for `RolloutWorker`; the latter is for engines beside a policy only."""
+        not_for_kv_cache = not_for_kv_cache if cfg.policy.generation.colocated.enabled else None
         self.cfg, self.timeout_s = cfg, cfg.cluster.timeout_s
         colocated, gpu = cfg.policy.generation.colocated, cfg.device == "cuda"
         self.sleeps = gpu and colocated.enabled and colocated.sleep

@@ -20,7 +20,6 @@ command; 143 second SIGTERM, which saves nothing.
 import argparse
 import math
 import sys
-import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,8 +32,8 @@ import torch
 from checkpoint import Checkpoints, Position
 from config import GRPO, Config, ConfigError, LossFn, help_text, load_config
 from hardware import Limits, Shape, memory_table, not_for_kv_cache
-from launch import STOPPED, RunError, Stopped, StopRequests, check_before_start, explain, start_ray
-from logger import Logger, since_command
+from launch import STOPPED, RunError, Stopped, StopRequests, check_before_start, explain, start_ray, wait_for_loading
+from logger import Logger
 from model import HEAD_CHUNK, Sequences
 from policy import Policy
 from reward_client import UNVERIFIED, RewardClient
@@ -543,21 +542,6 @@ def validate(run: Run, rows: Rows, step: int) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------- start and stop
-
-
-def wait_for_loading(parts: dict[str, list[Any]], timeout_s: float) -> None:
-    """Wait until all parts have loaded, and print how long after the command each had."""
-    began = time.monotonic()
-    names = {ref: name for name, refs in parts.items() for ref in refs}
-    waiting, ended = list(names), {}
-    while waiting:
-        ready, waiting = ray.wait(waiting, timeout=max(0.0, began + timeout_s - time.monotonic()))
-        if not ready:
-            late = ", ".join(sorted({names[ref] for ref in waiting}))
-            raise TimeoutError(f"not loaded within {timeout_s:.0f} s (cluster.timeout_s): {late}")
-        ray.get(ready)
-        ended |= {names[ref]: since_command() for ref in ready}
-    print(" • loaded: " + ", ".join(f"{name} after {s:.0f} s" for name, s in ended.items()), flush=True)
 
 
 def number_of_steps(cfg: Config, num_rows: int) -> int:

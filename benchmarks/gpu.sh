@@ -8,12 +8,14 @@ part=$1 model=$2 out=$3
 python=${PYTHON:-python3}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
+models=$(mktemp -d) # random models, each made once
+trap 'rm -rf "$models"' EXIT
 
 speed() { # GEOMETRY NAME [arguments and overrides...]
     local geometry=$1 name=$2
     shift 2
-    timeout 280 "$python" benchmarks/step_time.py "$geometry" --name "$name" --results "$out/step_time.json" "$@" \
-        > "$out/$name.txt" 2>&1 || echo "$name failed, see $out/$name.txt"
+    timeout 280 "$python" benchmarks/step_time.py "$geometry" --name "$name" --results "$out/step_time.json" \
+        --model-folder "$models/$geometry" "$@" > "$out/$name.txt" 2>&1 || echo "$name failed, see $out/$name.txt"
     tail -n 1 "$out/$name.txt"
 }
 agreement() { # GEOMETRY: one GPU, FSDP 2 and tensor parallel 2 on the same batch

@@ -11,6 +11,7 @@ compares the steps that all runs have.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -20,7 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STOPPED = 85  # exit code of a run that was asked to stop
+sys.path[:0] = [str(ROOT)]
+from launch import STOPPED  # noqa: E402 - the scripts lie beside this folder
+
 FOUR_STEPS = ["policy.train_global_batch_size=128", "policy.optimizer.lr=1e-5"]
 CORRECTION = ["loss_fn.use_importance_sampling_correction=true", "loss_fn.truncated_importance_sampling_ratio=2"]
 RUNS = {
@@ -52,7 +55,11 @@ def train(name: str, config: str, overrides: list[str], output: Path, seconds: f
                 code = run.wait(seconds)
             except subprocess.TimeoutExpired:
                 run.terminate()
-                code = run.wait(60)
+                try:
+                    code = run.wait(60)
+                except subprocess.TimeoutExpired:
+                    run.kill()
+                    raise
         if code not in (0, STOPPED):
             raise RuntimeError(f"exit code {code}")
         keep(Path(work) / "metrics.jsonl", output / f"{name}.jsonl")
@@ -61,6 +68,8 @@ def train(name: str, config: str, overrides: list[str], output: Path, seconds: f
 def keep(metrics: Path, path: Path) -> None:
     """The rows of the training steps, with what the table and the plot may need."""
     rows = [row for row in map(json.loads, metrics.read_text().splitlines()) if "reward" in row]
+    if not rows:
+        raise RuntimeError("stopped before its first step")
     path.write_text("".join(json.dumps({k: row[k] for k in KEPT if k in row}) + "\n" for row in rows))
 
 
@@ -73,10 +82,13 @@ def table(runs: dict[str, list[dict]]) -> str:
     for name, rows in runs.items():
         first, last = rows[: min(10, steps)], rows[max(0, steps - 10) : steps]
 
-        def mean(key: str, part: list[dict]) -> float:
-            return statistics.mean(row[key] for row in part if key in row)
+        def of(key: str, rows: list[dict]) -> list[float]:  # a step without an update has few metrics
+            return [row[key] for row in rows if key in row] or [math.nan]
 
-        low, high = min(row["probs_ratio_min"] for row in last), max(row["probs_ratio_max"] for row in last)
+        def mean(key: str, rows: list[dict]) -> float:
+            return statistics.mean(of(key, rows))
+
+        low, high = min(of("probs_ratio_min", last)), max(of("probs_ratio_max", last))
         lines.append(
             f"| {name} | {mean('reward', first):.3f} | {mean('reward', last):.3f} | "
             f"{mean('approx_entropy', last):.3f} | {mean('clipfrac', last):.2%} | {low:.2f} to {high:.2f} | "

@@ -117,6 +117,11 @@ def test_memory_estimate_by_hand(shape):
     assert not_for_kv_cache(cfg, shape) == int(12 * mine) + 2 * 596_049_920
     stays = 12 * mine / 2**30  # beside the policy's weights and moments
     assert found["engine: weights"] + found["engine: KV cache"] + stays == pytest.approx(40)
+    # An engine beside a policy takes its whole share together with what stays there, however little the update needs.
+    large = ["policy.generation.vllm_cfg.gpu_memory_utilization=0.9"]
+    assert "\n      72.0  policy" in memory_table(
+        load_config(ROOT / "config.yaml", base + large), shape, 80 * 2**30, 4096
+    )
     table = memory_table(cfg, shape, 80 * 2**30, 4096)
     assert "it has 80" in table
     assert "may not fit" not in table

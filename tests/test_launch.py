@@ -4,16 +4,18 @@ import os
 import re
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from conftest import ROOT
 from test_run import wait_for
 
 from config import ConfigError, load_config
-from launch import check_before_start, leftovers
+from launch import check_before_start, leftovers, wait_for_loading
 
 LOCAL_RUN = """
 import ray, launch
@@ -69,3 +71,26 @@ def test_a_run_beside_what_an_earlier_ray_left():
 
 def command_line(pid: int) -> str:
     return " ".join(psutil.Process(pid).cmdline())
+
+
+@pytest.mark.slow
+def test_loading_fails_at_once_or_names_what_is_late(capsys):
+    @ray.remote(num_cpus=0)
+    def load(seconds: float | None) -> None:
+        if seconds is None:
+            raise ValueError("no such model")
+        time.sleep(seconds)
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
+    try:
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="no such model"):
+            wait_for_loading({"policy": [load.remote(None)], "engines": [load.remote(600)]}, 60)
+        assert time.monotonic() - began < 30
+        with pytest.raises(TimeoutError, match=r"not loaded within 10 s \(cluster.timeout_s\): engines$"):
+            wait_for_loading({"policy": [load.remote(0)], "engines": [load.remote(0), load.remote(600)]}, 10)
+        wait_for_loading({"policy": [load.remote(0)], "engines": [load.remote(0)]}, 60)
+    finally:
+        ray.shutdown()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r" • loaded: (policy|engines) after \d+ s, (policy|engines) after \d+ s", line)

@@ -17,7 +17,7 @@ from conftest import ROOT
 import model
 from config import load_config
 from model import MicroBatch, Sequences
-from policy import PolicyWorker
+from policy import PolicyWorker, clip_gradients
 from refit import full
 from train_grpo import Sample, grpo_loss, update
 
@@ -283,6 +283,29 @@ def test_a_gradient_that_is_not_finite_changes_nothing(start_run):
     assert not np.isfinite(metrics["grad_norm"])
     assert all(torch.equal(a, b) for a, b in zip(before, worker._local_weights(), strict=True))
     assert worker.steps_done == 0
+
+
+def test_gradients_are_clipped_together_and_compiling_leaves_nothing_behind(config):
+    """All gradients are scaled by one factor where their common norm is above the limit, and by nothing below it."""
+    cfg = config()
+    worker = PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
+    worker.setup(free_address())
+    try:
+        params, weights = list(worker.model.parameters()), [full(p).clone() for p in worker.model.parameters()]
+        worker._compile()
+        assert all(p.grad is None and torch.equal(full(p), w) for p, w in zip(params, weights, strict=True))
+        torch.manual_seed(0)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        before = [full(p.grad).clone() for p in params]
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in before))
+        assert clip_gradients(params, 2 * norm).item() == pytest.approx(norm, rel=1e-6)
+        assert all(torch.equal(full(p.grad), g) for p, g in zip(params, before, strict=True))
+        clip_gradients(params, norm / 4)
+        for p, g in zip(params, before, strict=True):
+            torch.testing.assert_close(full(p.grad), g / 4, rtol=1e-5, atol=0)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_saved_folder_is_plain_hugging_face(config, tmp_path):

@@ -1,10 +1,10 @@
 """The same job in this code base and in TRL's GRPOTrainer, on the same GPU, one after the other.
 
-    python benchmarks/compare_trl.py MODEL_FOLDER OUTPUT_FOLDER [--steps 60]
+    python benchmarks/compare_trl.py MODEL_FOLDER OUTPUT_FOLDER [--steps 60] [--micro-batch 512]
 
 SmolLM2-135M-Instruct on the rows of recipes/smollm2-arithmetic.yaml: 32 prompts x 16 answers of at most 96 tokens a
 step. TRL is set as its documentation advises for speed: colocated vLLM, bfloat16, no activation checkpointing, fused
-AdamW, the largest micro-batch that fits (it is halved when memory runs out), no importance-sampling pass, since ours
+AdamW, the largest micro-batch that fits (from `--micro-batch` on it is halved when memory runs out), no importance-sampling pass, since ours
 has none either. Both make one optimizer step per batch, with the same learning rate, loss denominator (all tokens of
 the batch) and verifier.
 OUTPUT_FOLDER gets compare_trl.json: `ratio` of the median seconds per step (without the first five), and for each side
@@ -89,9 +89,8 @@ def trl(model: str, data: Path, work: Path, steps: int, micro_batch: int) -> lis
     return [{"at_s": end - ended[0], "step_s": end - began, "reward": reward} for began, end, reward in spans]
 
 
-def trl_in_a_process(model: str, data: Path, work: Path, steps: int) -> tuple[list[dict[str, float]], int]:
-    """With the largest micro-batch that fits, and that size."""
-    micro_batch = PROMPTS * GROUP
+def trl_in_a_process(model: str, data: Path, work: Path, steps: int, micro_batch: int) -> tuple[list[dict[str, float]], int]:
+    """With the largest micro-batch that fits, from `micro_batch` down, and that size."""
     while True:
         output = work / f"trl-{micro_batch}.json"
         command = [sys.executable, __file__, model, str(work), "--steps", str(steps), "--data", str(data)]
@@ -116,7 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--trl", type=Path, help=argparse.SUPPRESS)  # this process is TRL's; where its steps go
-    parser.add_argument("--micro-batch", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--micro-batch", type=int, default=PROMPTS * GROUP, help="the largest to try in TRL")
     args = parser.parse_args()
     if args.trl:
         args.trl.write_text(json.dumps(trl(args.model, args.data, args.output, args.steps, args.micro_batch)))
@@ -127,7 +126,7 @@ def main() -> None:
         prepare = [sys.executable, str(ROOT / "prepare_data.py"), "arithmetic", "--output", str(work / "data")]
         subprocess.run([*prepare, *ARITHMETIC], check=True)
         sides = {"ours": {"steps": ours(model, work / "data", work, args.steps)}}
-        steps, micro_batch = trl_in_a_process(model, work / "data", work, args.steps)
+        steps, micro_batch = trl_in_a_process(model, work / "data", work, args.steps, args.micro_batch)
         sides["trl"] = {"steps": steps, "micro_batch": micro_batch}
     for name, side in sides.items():
         side["step_s"] = statistics.median(s["step_s"] for s in side["steps"][WARM_UP:])

@@ -15,7 +15,8 @@ $python prepare_data.py arithmetic --output "$work/data" --kinds add,mul,add_mul
     --max-factor 9 --solved-examples 3 --answer-style worked > "$out/data.txt"
 $python train_grpo.py --config recipes/smollm2-arithmetic.yaml policy.model_name="$model" logger.log_dir="$work/logs" \
     data.train_jsonl_fpath="$work/data/train.jsonl" data.validation_jsonl_fpath="$work/data/validation.jsonl" \
-    checkpointing.checkpoint_dir="$work/checkpoints" "$@" 2>&1 | tee "$out/console.txt"
+    checkpointing.checkpoint_dir="$work/checkpoints" "$@" 2>&1 | tee "$out/console.txt" ||
+    [ "${PIPESTATUS[0]}" = 85 ] # stopped by checkpointing.checkpoint_must_save_by, and saved
 cp "$work/logs/metrics.jsonl" "$out/metrics.jsonl"
 last=$(ls -d "$work"/checkpoints/step_* | sort -V | tail -n 1)
 $python evaluate.py --model "$last" --data "$work/data/validation.jsonl" --k 16 --max-new-tokens 96 \

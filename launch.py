@@ -37,8 +37,8 @@ class Stopped(Exception):
 class StopRequests:
     """SIGTERM, SIGUSR1 (Slurm's warning) and `checkpointing.checkpoint_must_save_by`, answered by raising `Stopped`.
 
-    That happens between steps, or at once within `interruptible` (and until the first step): there a step has changed
-    nothing yet and can be abandoned. A second SIGTERM ends the process at once.
+    That happens between steps, or at once within `interruptible` and before it: there a step has changed nothing yet
+    and can be abandoned. A second SIGTERM ends the process at once.
     """
 
     def __init__(self, must_save_by: str | None):
@@ -70,6 +70,10 @@ class StopRequests:
         try:
             self._raise_if(True)
             yield
+        except SystemError as e:  # what Ray's compiled code makes of an exception in a signal handler
+            if isinstance(e.__cause__, Stopped):
+                raise e.__cause__ from None
+            raise
         finally:
             self.may_interrupt = False
 

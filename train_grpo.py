@@ -428,7 +428,7 @@ def train(cfg: Config) -> None:
     last = checkpoints.position
     log = Logger(cfg, last.step, checkpoints.wandb_id)
     tokenizer = load_tokenizer(cfg.policy.model_name)
-    with log.phase("start"):
+    with log.phase("start"), stop.interruptible():
         placement = start_ray(cfg, stop)
         rewards = RewardClient(cfg.env, cfg.logger.log_dir)
         try:

@@ -4,9 +4,9 @@
 
 SmolLM2-135M-Instruct on the rows of recipes/smollm2-arithmetic.yaml: 32 prompts x 16 answers of at most 96 tokens a
 step. TRL is set as its documentation advises for speed: colocated vLLM, bfloat16, no activation checkpointing, fused
-AdamW, the largest micro-batch that fits (from `--micro-batch` on it is halved when memory runs out), no importance-sampling pass, since ours
-has none either. Both make one optimizer step per batch, with the same learning rate, loss denominator (all tokens of
-the batch) and verifier.
+AdamW, the largest micro-batch that fits (halved from `--micro-batch` on when memory runs out), no importance-sampling
+pass, since ours has none either. Both make one optimizer step per batch, with the same learning rate, loss denominator
+(all tokens of the batch) and verifier.
 OUTPUT_FOLDER gets compare_trl.json: `ratio` of the median seconds per step (without the first five), and for each side
 seconds and reward of every step.
 """
@@ -89,7 +89,9 @@ def trl(model: str, data: Path, work: Path, steps: int, micro_batch: int) -> lis
     return [{"at_s": end - ended[0], "step_s": end - began, "reward": reward} for began, end, reward in spans]
 
 
-def trl_in_a_process(model: str, data: Path, work: Path, steps: int, micro_batch: int) -> tuple[list[dict[str, float]], int]:
+def trl_in_a_process(
+    model: str, data: Path, work: Path, steps: int, micro_batch: int
+) -> tuple[list[dict[str, float]], int]:
     """With the largest micro-batch that fits, from `micro_batch` down, and that size."""
     while True:
         output = work / f"trl-{micro_batch}.json"

@@ -26,6 +26,22 @@ print("nodes", len(ray.nodes()), "cluster", ray.get_runtime_context().gcs_addres
 ray.shutdown()
 """
 
+SIGNAL_IN_RAY = """
+import os, signal, threading, ray, launch
+from config import load_config
+
+stop = launch.StopRequests(None)
+launch.start_ray(load_config("recipes/quickstart.yaml", []), stop)
+never = ray.remote(num_cpus=0)(lambda: signal.pause()).remote()
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+try:
+    with stop.interruptible():
+        ray.WAIT
+except launch.Stopped as e:
+    print("stopped by", e)
+ray.shutdown()
+"""
+
 
 def test_many_nodes_need_a_cluster(quickstart_overrides, monkeypatch):
     cfg = load_config(ROOT / "recipes" / "quickstart.yaml", [*quickstart_overrides, "cluster.num_nodes=2"])
@@ -94,3 +110,11 @@ def test_loading_fails_at_once_or_names_what_is_late(capsys):
         ray.shutdown()
     line = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r" • loaded: (policy|engines) after \d+ s, (policy|engines) after \d+ s", line)
+
+
+@pytest.mark.parametrize("waiting", ["wait([never], timeout=5)", "get(never, timeout=5)"])
+def test_a_signal_while_ray_waits_stops_the_run(waiting):
+    """Ray's compiled code makes a SystemError of a signal handler's exception, once what it waits for is over."""
+    command = [sys.executable, "-c", SIGNAL_IN_RAY.replace("WAIT", waiting)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["stopped by SIGTERM"], done.stderr

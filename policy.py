@@ -189,9 +189,9 @@ class PolicyWorker:
         """Meet the engines that have GPUs of their own; called on rank 0 only."""
         self.sender.group = broadcast_group(address, rank, size, self.device, self.timeout_s)
 
-    def weight_bucket(self, index: int, by: Route) -> Any:
+    def weight_bucket(self, index: int, by: Route, readers: int) -> Any:
         """Bucket `index` of the weights on its way to the engines, see refit.py. All ranks must call it alike."""
-        return self.sender.bucket(index, by)
+        return self.sender.bucket(index, by, readers)
 
     def release_weight_bucket(self) -> None:
         self.sender.release()

@@ -57,15 +57,19 @@ class WeightSender:
         parts = [full(self.weights[name]).to(self.device, self.dtype).reshape(-1) for name, _ in self.layout[index]]
         return torch.cat(parts)
 
-    def bucket(self, index: int, by: Route) -> Any:
-        """Bucket `index` as something that `WeightReceiver.load` on the other side takes (None: not from this rank)."""
+    def bucket(self, index: int, by: Route, readers: int) -> Any:
+        """Bucket `index` as something that `WeightReceiver.load` on the other side takes (None: not from this rank).
+
+        By "ipc" a list of one handle for each of the `readers`, the engines beside this rank: torch counts the readers
+        of a handle down from one, and would keep the memory of one that two have read for ever.
+        """
         flat = self.flat(index)
         if by == "object store":
             return flat.view(torch.uint8).numpy() if self.rank == 0 else None
         if by == "ipc":
             self._shared = flat  # stays while the engine reads it: until the next call, or `release`
             torch.cuda.synchronize()
-            return reduce_tensor(flat)[1]
+            return [reduce_tensor(flat)[1] for _ in range(readers)]
         if self.rank == 0:
             self.group.broadcast(flat, 0).wait()
         return None
@@ -78,15 +82,18 @@ class WeightSender:
 class WeightReceiver:
     """The engine's side. `load_weights` takes (name, tensor) pairs, as vLLM's models do."""
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device, load_weights: Callable[[list], Any]):
-        self.layout, self.dtype, self.device, self.load_weights = layout, dtype, device, load_weights
+    def __init__(
+        self, layout: Layout, place: int, dtype: torch.dtype, device: torch.device, load_weights: Callable[[list], Any]
+    ):
+        """`place`: which of the engines beside the same policy rank this one is."""
+        self.layout, self.place, self.dtype, self.device, self.load_weights = layout, place, dtype, device, load_weights
         self.group: Any = None
 
     def load(self, index: int, message: Any, by: Route) -> None:
         """Copy bucket `index` into the model."""
         sizes = [torch.Size(shape).numel() for _, shape in self.layout[index]]
         if by == "ipc":
-            flat = rebuild_cuda_tensor(*message)
+            flat = rebuild_cuda_tensor(*message[self.place])
         elif by == "object store":
             flat = torch.from_numpy(message.copy()).view(self.dtype)
         else:
@@ -127,7 +134,10 @@ class Link:
         self.source = {"ipc": beside, "object store": [0] * len(engine_workers)}.get(by)
         layout = ray.get(policy_workers[0].weight_layout.remote(), timeout=timeout_s)
         self.num_buckets = len(layout)
-        ray.get([e.expect_weights.remote(layout) for e in engine_workers], timeout=timeout_s)
+        self.readers = [beside.count(rank) for rank in range(len(policy_workers))]
+        places = [beside[:i].count(rank) for i, rank in enumerate(beside)]
+        expecting = [e.expect_weights.remote(layout, p) for e, p in zip(engine_workers, places, strict=True)]
+        ray.get(expecting, timeout=timeout_s)
         if by == "broadcast":
             address, members = (
                 ray.get(policy_workers[0].address.remote(), timeout=timeout_s),
@@ -139,7 +149,9 @@ class Link:
     def refit(self) -> None:
         """Bring all weights over; returns when every engine has them."""
         for index in range(self.num_buckets):
-            buckets = [w.weight_bucket.remote(index, self.by) for w in self.policy]
+            buckets = [
+                w.weight_bucket.remote(index, self.by, n) for w, n in zip(self.policy, self.readers, strict=True)
+            ]
             messages = [buckets[rank] for rank in self.source] if self.source else [None] * len(self.engines)
             loads = [
                 e.load_weight_bucket.remote(index, m, self.by) for e, m in zip(self.engines, messages, strict=True)

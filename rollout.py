@@ -135,14 +135,15 @@ class RolloutWorker:
             finish_reasons=[o.finish_reason for o in answers],
         )
 
-    def expect_weights(self, layout: Layout) -> None:
-        """Told once, before the first refit: how the policy's weights are split into buckets."""
+    def expect_weights(self, layout: Layout, place: int) -> None:
+        """Told once, before the first refit: how the policy's weights are split into buckets, and which of the engines
+        beside the same policy rank this one is."""
         dtype, device = getattr(torch, self.cfg.precision), torch.device(self.device)
 
         def load(weights: list[tuple[str, torch.Tensor]]) -> None:
             self.llm.apply_model(lambda model: model.load_weights(weights))
 
-        self.receiver = WeightReceiver(layout, dtype, device, load)
+        self.receiver = WeightReceiver(layout, place, dtype, device, load)
 
     def join_broadcast(self, address: str, rank: int, size: int) -> None:
         """Meet the policy's rank 0 and the other engines."""

@@ -103,6 +103,19 @@ def test_engine_agrees_with_policy_after_refit(pair, gpus, setting, untied_model
     assert stale > 0.05  # the update did move the weights, so agreement is the refit's work
 
 
+@pytest.mark.gpu
+def test_refits_of_several_engines_on_a_gpu_keep_no_memory(pair):
+    """Each engine has a handle of its own: torch never frees what two processes have read through the same one."""
+    kv_cache = "policy.generation.vllm_cfg.kv_cache_memory_bytes=268435456"
+    options = ["policy.generation.engines_per_gpu=3", "policy.generation.colocated.sleep=false", kv_cache]
+    _, policy, engines = pair("cluster.gpus_per_node=1", "policy.precision=bfloat16", *options)
+    peaks = []
+    for _ in range(6):
+        engines.refit()
+        peaks.append(policy.memory()["policy_peak_gib"])
+    assert peaks[1:] == peaks[1:2] * 5  # the first peak is older than these refits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", [0, GPU])
 def test_samples_depend_on_the_seed_alone_and_engines_differ(pair, gpus):

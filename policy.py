@@ -332,13 +332,15 @@ class Policy:
         gpu = cfg.device == "cuda"
         keep_reference = cfg.loss_fn.reference_policy_kl_penalty > 0
         threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
+        # This fusion of torch.compile guards on the number of tokens: some micro-batches would compile all layers again.
+        env = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"} if gpu else {"OMP_NUM_THREADS": threads}
         actor = ray.remote(PolicyWorker)
         self.workers = [
             actor.options(
                 num_cpus=0,
                 num_gpus=(0.5 if cfg.policy.generation.colocated.enabled else 1.0) if gpu else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
-                runtime_env={"env_vars": {} if gpu else {"OMP_NUM_THREADS": threads}},
+                runtime_env={"env_vars": env},
             ).remote(cfg.policy, rank, cfg.world_size, cfg.device, self.timeout_s, keep_reference)
             for rank, bundle in enumerate(cfg.policy_bundles)
         ]

@@ -332,7 +332,7 @@ class Policy:
         gpu = cfg.device == "cuda"
         keep_reference = cfg.loss_fn.reference_policy_kl_penalty > 0
         threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
-        # This fusion of torch.compile guards on the number of tokens: some micro-batches would compile all layers again.
+        # This fusion in torch.compile guards on the number of tokens: some micro-batches would compile layers again.
         env = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"} if gpu else {"OMP_NUM_THREADS": threads}
         actor = ray.remote(PolicyWorker)
         self.workers = [

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Regenerate the GPU results, a part at a time (each has its own time limit, so that one failure does not cost the rest):
 #   bash benchmarks/gpu.sh PART MODEL_FOLDER OUTPUT_FOLDER
-# PART: tests | arithmetic | engines | variants | trl | speed | speed-4b | two | recipe. MODEL_FOLDER: SmolLM2-135M-Instruct.
-# arithmetic, engines, variants, trl, speed and tests need one GPU; speed-4b one with 141 GB; two and recipe need two.
+# PART: tests | arithmetic | engines | variants | trl | speed | speed-engines | speed-4b | two | recipe. MODEL_FOLDER: SmolLM2-135M-Instruct.
+# speed-4b needs one GPU with 141 GB, two and recipe need two GPUs, the others one with 80 GB.
 set -uo pipefail
 part=$1 model=$2 out=$3
 python=${PYTHON:-python3}
@@ -44,6 +44,10 @@ trl) timeout 590 "$python" benchmarks/compare_trl.py "$model" "$out" ;;
 speed)
     speed qwen3-0.6b qwen3-0.6b-1
     speed qwen3-1.7b qwen3-1.7b-1 ;;
+speed-engines) # generation waits for Python: two engines share that out, each with KV cache for half of the answers
+    halves=(policy.generation.engines_per_gpu=2 policy.generation.vllm_cfg.kv_cache_memory_bytes=12884901888)
+    speed qwen3-0.6b qwen3-0.6b-1-two-engines "${halves[@]}"
+    speed qwen3-1.7b qwen3-1.7b-1-two-engines "${halves[@]}" ;;
 speed-4b) speed qwen3-4b qwen3-4b-1 ;;
 two) # one GPU as the yardstick, then two with twice the batch, FSDP and tensor parallel, and engines apart
     speed qwen3-1.7b qwen3-1.7b-1-of-2

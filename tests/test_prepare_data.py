@@ -1,5 +1,6 @@
 """Tests of prepare_data.py. They run the script as users do; torch, Ray and the network are not needed."""
 
+import functools
 import hashlib
 import json
 import os
@@ -527,7 +528,9 @@ def test_the_report_shows_a_row(tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_run_leaves_no_half_file(tmp_path, sent):
     source, out = write(tmp_path / "q.jsonl", questions(300_000)), tmp_path / "out"
-    process = subprocess.Popen([sys.executable, str(SCRIPT), str(source), "--output", str(out)], stdout=subprocess.PIPE)
+    command = [sys.executable, str(SCRIPT), str(source), "--output", str(out)]
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=heed)
     until = time.monotonic() + 10
     while not list(out.glob(".tmp_*/train.jsonl")) and time.monotonic() < until:
         time.sleep(0.01)

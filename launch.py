@@ -37,8 +37,8 @@ class Stopped(Exception):
 class StopRequests:
     """SIGTERM, SIGUSR1 (Slurm's warning) and `checkpointing.checkpoint_must_save_by`, answered by raising `Stopped`.
 
-    That happens between steps, or at once within `interruptible` and before it: there a step has changed nothing yet
-    and can be abandoned. A second SIGTERM ends the process at once.
+    That happens between steps, or within `interruptible` and before it at once (after what Ray is waiting for): there a
+    step has changed nothing yet and can be abandoned. A second SIGTERM ends the process at once.
     """
 
     def __init__(self, must_save_by: str | None):

@@ -16,7 +16,7 @@ $python prepare_data.py arithmetic --output "$work/data" --kinds add,mul,add_mul
 $python train_grpo.py --config recipes/smollm2-arithmetic.yaml policy.model_name="$model" logger.log_dir="$work/logs" \
     data.train_jsonl_fpath="$work/data/train.jsonl" data.validation_jsonl_fpath="$work/data/validation.jsonl" \
     checkpointing.checkpoint_dir="$work/checkpoints" "$@" 2>&1 | tee "$out/console.txt" ||
-    [ "${PIPESTATUS[0]}" = 85 ] # stopped by checkpointing.checkpoint_must_save_by, and saved
+    [ "${PIPESTATUS[0]}" = 85 ] # stopped by a signal or checkpoint_must_save_by, and saved
 cp "$work/logs/metrics.jsonl" "$out/metrics.jsonl"
 last=$(ls -d "$work"/checkpoints/step_* | sort -V | tail -n 1)
 $python evaluate.py --model "$last" --data "$work/data/validation.jsonl" --k 16 --max-new-tokens 96 \

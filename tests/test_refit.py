@@ -11,6 +11,7 @@ from hardware import Shape, not_for_kv_cache
 from launch import StopRequests, start_ray
 from model import Sequences
 from policy import Policy
+from refit import Link
 from rollout import RolloutEngines
 from train_grpo import grpo_loss
 
@@ -108,12 +109,51 @@ def test_refits_of_several_engines_on_a_gpu_keep_no_memory(pair):
     """Each engine has a handle of its own: torch never frees what two processes have read through the same one."""
     kv_cache = "policy.generation.vllm_cfg.kv_cache_memory_bytes=268435456"
     options = ["policy.generation.engines_per_gpu=3", "policy.generation.colocated.sleep=false", kv_cache]
-    _, policy, engines = pair("cluster.gpus_per_node=1", "policy.precision=bfloat16", *options)
+    cfg, policy, engines = pair("cluster.gpus_per_node=1", "policy.precision=bfloat16", *options)
+    weights_gib = 2 * Shape.of(cfg.policy.model_name).total_weights / 2**30
     peaks = []
-    for _ in range(6):
+    for _ in range(12):
         engines.refit()
         peaks.append(policy.memory()["policy_peak_gib"])
-    assert peaks[1:] == peaks[1:2] * 5  # the first peak is older than these refits
+    assert max(peaks[1:]) < peaks[1] + 2 * weights_gib  # an engine may let go of the last ones a little late
+
+
+def test_each_engine_gets_a_handle_of_its_own():
+    """The policy makes as many as engines read from it, and no two engines beside one rank take the same."""
+
+    @ray.remote(num_cpus=0)
+    class Rank:
+        def __init__(self, rank: int):
+            self.rank = rank
+
+        def weight_layout(self):
+            return [[("w", (1,))]]
+
+        def weight_bucket(self, index, by, readers):
+            return [(self.rank, i) for i in range(readers)]
+
+        def release_weight_bucket(self):
+            pass
+
+    @ray.remote(num_cpus=0)
+    class Engine:
+        def expect_weights(self, layout, place):
+            self.place = place
+
+        def load_weight_bucket(self, index, message, by):
+            self.taken = (len(message), *message[self.place])
+
+        def got(self):
+            return self.taken
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        engines = [Engine.remote() for _ in range(5)]
+        Link([Rank.remote(0), Rank.remote(1)], engines, beside=[0, 0, 0, 1, 1], by="ipc", timeout_s=60).refit()
+        taken = ray.get([e.got.remote() for e in engines], timeout=60)
+    finally:
+        ray.shutdown()
+    assert taken == [(3, 0, 0), (3, 0, 1), (3, 0, 2), (2, 1, 0), (2, 1, 1)]
 
 
 @pytest.mark.slow

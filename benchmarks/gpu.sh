@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Regenerate the GPU results, a part at a time (each has its own time limit, so that one failure does not cost the rest):
+# Regenerate the GPU results, a part at a time (each has its own time limit: one failure does not cost the rest):
 #   bash benchmarks/gpu.sh PART MODEL_FOLDER OUTPUT_FOLDER
 # PART: tests | arithmetic | engines | variants | trl | speed | speed-engines | speed-4b | two | recipe.
-# MODEL_FOLDER: SmolLM2-135M-Instruct. speed-4b needs one GPU with 141 GB, two and recipe need two, the others one with 80 GB.
+# MODEL_FOLDER: SmolLM2-135M-Instruct.
+# speed-4b needs one GPU with 141 GB, two and recipe need two, the others one with 80 GB.
 set -uo pipefail
 part=$1 model=$2 out=$3
 python=${PYTHON:-python3}

@@ -156,7 +156,7 @@ class Generation:
 @dataclass
 class PolicyCfg:
     model_name: str = key(MISSING, "Hugging Face name or folder")
-    precision: str = key("bfloat16", "compute type, bfloat16 or float32; master weights are float32 always")
+    precision: str = key("bfloat16", "of compute: bfloat16, float16 (nearer to the engine, less range) or float32")
     max_total_sequence_length: int = key(32768, "longest prompt plus answer in tokens")
     train_global_batch_size: int = key(1024, "sequences per optimizer step; a step's samples divide by it")
     max_grad_norm: float = key(1.0, "clip the gradient's norm to this")
@@ -381,8 +381,8 @@ def check(cfg: Config) -> None:
     rules += [
         (loss.variant in LOSS_VARIANTS, f"loss_fn.variant '{loss.variant}' is not one of {', '.join(LOSS_VARIANTS)}"),
         (
-            p.precision in ("bfloat16", "float32"),
-            f"policy.precision '{p.precision}' is not known; use bfloat16 or float32",
+            p.precision in ("bfloat16", "float16", "float32"),
+            f"policy.precision '{p.precision}' is not known; use bfloat16, float16 or float32",
         ),
         (
             gen.top_p == 1.0 and gen.top_k is None,

@@ -170,7 +170,7 @@ def configure(args: argparse.Namespace) -> Config:
     except (OSError, ValueError) as e:
         raise ConfigError(f"cannot load --model {args.model}: {' '.join(str(e).split())[:200]}") from None
     saved_in = str(model.dtype).removeprefix("torch.")
-    precision = saved_in if saved_in in ("bfloat16", "float32") else "bfloat16" if gpus else "float32"
+    precision = saved_in if saved_in in ("bfloat16", "float16", "float32") else "bfloat16" if gpus else "float32"
     longest = getattr(model, "max_position_embeddings", None) or args.max_total_sequence_length
     length = min(args.max_total_sequence_length, longest)
     gib = args.kv_cache_gib or (None if gpus else 1)

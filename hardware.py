@@ -165,13 +165,13 @@ def not_for_kv_cache(cfg: Config, shape: Shape) -> int:
     """Bytes of an engine's share of a GPU (`gpu_memory_utilization`) that are taken when its KV cache is measured out:
     its weights, and beside a policy what that keeps there."""
     beside = sum(resident_bytes(cfg, shape).values()) if cfg.policy.generation.colocated.enabled else 0
-    return int(beside) + shape.total_weights * (2 if cfg.policy.precision == "bfloat16" else 4)
+    return int(beside) + shape.total_weights * (4 if cfg.policy.precision == "float32" else 2)
 
 
 def memory_estimate(cfg: Config, shape: Shape, device_bytes: int, head_chunk: int) -> dict[str, float]:
     """GiB on the fullest GPU by what is there, before anything is allocated. Activations are a rule of thumb."""
     p, d, gen = cfg.policy, cfg.policy.dtensor_cfg, cfg.policy.generation
-    tp, wide = d.tensor_parallel_size, 2 if p.precision == "bfloat16" else 4
+    tp, wide = d.tensor_parallel_size, 4 if p.precision == "float32" else 2
     outside = outside_layers(shape)
     gathered = shape.layer_weights / tp + outside
     shard = gathered / (cfg.world_size // tp)

@@ -145,15 +145,15 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention that does not cross sequences. query [1, heads, N, head_dim] to output [1, N, heads, head_dim].
 
-    bfloat16 on a GPU runs torch's variable-length flash attention. Otherwise sequences are padded on the right into a
-    [S, heads, max_seqlen, head_dim] batch, where a causal mask never lets a real token see padding: the same values.
+    16-bit types on a GPU run torch's variable-length flash attention. Otherwise sequences are padded on the right into
+    a [S, heads, max_seqlen, head_dim] batch, where a causal mask never lets a real token see padding: the same values.
     """
     if sliding_window is not None:
         raise NotImplementedError(
             f"{type(module).__name__} has sliding-window attention, which packing does not do yet"
         )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
-    if query.is_cuda and query.dtype == torch.bfloat16:
+    if query.is_cuda and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
         groups = query.shape[1] // key.shape[1]
@@ -245,7 +245,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 def float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b with float32 sums and float32 result."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
+    if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 

@@ -3,6 +3,7 @@
 It knows nothing about GRPO: `train_grpo.py` passes the loss function in.
 """
 
+import math
 import os
 import socket
 import time
@@ -29,6 +30,8 @@ from config import Config, PolicyCfg
 from model import MicroBatch, Sequences, add_partial_gradients, build_model, pack
 from refit import Layout, Route, WeightSender, broadcast_group, full
 
+COMPILE_TOKENS = 2048  # near those of real micro-batches, and small beside an engine that is still loading
+
 # ---------------------------------------------------------------- one rank
 
 
@@ -43,6 +46,8 @@ class PolicyWorker:
         self.keep_reference = keep_reference
         self.device = torch.device(device)
         self.steps_done = 0
+        # float16 gradients below 6e-8 are lost: the loss is scaled up by what does not overflow (it only ever falls).
+        self.loss_scale = 2.0**16 if cfg.precision == "float16" else 1.0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
 
@@ -84,16 +89,21 @@ class PolicyWorker:
         weights = dict(self.model.lm.named_parameters())  # a tied head appears once, under the embedding's name
         self.sender = WeightSender(weights, getattr(torch, self.cfg.precision), self.device, self.rank)
         self.reference = [w.cpu().clone() for w in self._local_weights()] if self.keep_reference else None
-        if self.device.type == "cuda":
-            self._compile()
         return sum(p.numel() for p in self.model.parameters())
 
-    def _compile(self) -> None:
-        """Let torch.compile do its work while the engines are still loading, instead of in the first step."""
-        ids = [np.arange(3), np.arange(5)]  # two lengths, so that neither is taken for a constant
-        mb = MicroBatch.build(Sequences(ids, ids, {}, {}), self.device)
-        self.model(mb, self.cfg.generation.temperature).sum().backward()
+    def compile(self, tokens: int, logprobs: bool) -> None:
+        """Let torch.compile do its work while the engines are still loading, instead of in the first step.
+
+        It splits sums over tokens (the gradients of the norms) into as many parts as suit the number it sees first,
+        so that is `tokens`. `logprobs`: also for the pass without gradient.
+        """
+        ids = np.zeros(tokens // 4, dtype=np.int64)
+        ids = [ids, ids[1:]]  # two lengths, so that neither is taken for a constant
+        batch = Sequences(ids, ids, {}, {})
+        self.model(MicroBatch.build(batch, self.device), self.cfg.generation.temperature).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
+        if logprobs:
+            self.logprobs(batch)
 
     def _local_weights(self) -> list[torch.Tensor]:
         """This rank's shards of the float32 master weights."""
@@ -122,26 +132,41 @@ class PolicyWorker:
         return self._update(batch, loss_fn, loss_kwargs)
 
     def _update(self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any]) -> dict[str, float]:
-        totals: dict[str, torch.Tensor] = {}
         micro_batches = self._micro_batches(batch)
-        for i, (_, mb) in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            self.model.set_requires_gradient_sync(last)  # reduce gradients once per optimizer step
-            self.model.set_reshard_after_backward(last or self.cfg.dtensor_cfg.reshard_after_forward)
-            logprobs_T = self.model(mb, self.cfg.generation.temperature)
-            loss, metrics = loss_fn(logprobs_T, sequence_T=mb.sequence_T, **mb.extras_T, **loss_kwargs)
-            (loss * self.dp_size).backward()  # FSDP averages over ranks; the loss is divided by global counts already
-            merge_metrics(totals, metrics)
-            self._clear_cache(i)
-        add_partial_gradients(self.model.lm, self.mesh["tp"])
-        grad_norm = clip_gradients(self.model.parameters(), self.cfg.max_grad_norm)
+        while True:
+            totals = self._gradients(micro_batches, loss_fn, loss_kwargs)
+            grad_norm = clip_gradients(self.model.parameters(), self.cfg.max_grad_norm, self.loss_scale)
+            metrics = reduce_metrics(totals, self.mesh["dp"].get_group())
+            finite = torch.isfinite(grad_norm).item()  # the same on every rank
+            if finite or self.loss_scale == 1 or not math.isfinite(metrics["loss"]):
+                break
+            self.loss_scale /= 2
+            self.optimizer.zero_grad(set_to_none=True)
         lr = self._schedule()
-        if torch.isfinite(grad_norm):  # the same on every rank; otherwise the weights stay as they were
+        if finite:  # otherwise the weights stay as they were
             self.optimizer.step()
             self.steps_done += 1
         self.optimizer.zero_grad(set_to_none=True)
-        reduced = reduce_metrics(totals, self.mesh["dp"].get_group())
-        return reduced | {"grad_norm": grad_norm.item(), "lr": lr, "micro_batches": len(micro_batches)}
+        return metrics | {"grad_norm": grad_norm.item(), "lr": lr, "micro_batches": len(micro_batches)}
+
+    def _gradients(
+        self, micro_batches: list, loss_fn: Callable, loss_kwargs: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """Leave the batch's gradients, times `loss_scale`, in the parameters; returns this rank's metrics."""
+        totals: dict[str, torch.Tensor] = {}
+        scale = self.dp_size * self.loss_scale  # FSDP averages over ranks; the loss is divided by global counts already
+        for i, (_, mb) in enumerate(micro_batches):
+            if len(micro_batches) > 1:  # (each of these walks through all modules)
+                last = i == len(micro_batches) - 1
+                self.model.set_requires_gradient_sync(last)  # reduce gradients once per optimizer step
+                self.model.set_reshard_after_backward(last or self.cfg.dtensor_cfg.reshard_after_forward)
+            logprobs_T = self.model(mb, self.cfg.generation.temperature)
+            loss, metrics = loss_fn(logprobs_T, sequence_T=mb.sequence_T, **mb.extras_T, **loss_kwargs)
+            (loss * scale).backward()
+            merge_metrics(totals, metrics)
+            self._clear_cache(i)
+        add_partial_gradients(self.model.lm, self.mesh["tp"])
+        return totals
 
     @torch.no_grad()
     def logprobs(self, batch: Sequences, reference: bool = False) -> dict[int, np.ndarray]:
@@ -207,6 +232,8 @@ class PolicyWorker:
     def _training_state(self) -> dict[str, torch.Tensor]:
         """float32 master weights, optimizer state, schedule and random state as one flat dict of (sharded) tensors."""
         state = {"steps_done": torch.tensor(self.steps_done), f"random.{self.rank}": torch.get_rng_state()}
+        if self.cfg.precision == "float16":
+            state["loss_scale"] = torch.tensor(self.loss_scale)
         if self.device.type == "cuda":
             state[f"random.cuda.{self.rank}"] = torch.cuda.get_rng_state()
         for name, p in self.model.named_parameters():
@@ -259,10 +286,12 @@ class PolicyWorker:
         """Continue from what `save` wrote, by whatever number of ranks."""
         reader = dcp.FileSystemReader(folder)
         saved, state = reader.read_metadata().state_dict_metadata, self._training_state()
-        own = {name for name in state if not name.startswith("random.") or name in saved}  # a new rank has none there
+        # A new rank has no random state there, and what was trained in another precision no scale.
+        own = {name for name in state if not name.startswith(("random.", "loss_scale")) or name in saved}
         state = {name: state[name] for name in own}
         dcp.load(state, storage_reader=reader, process_group=self.writers)
         self.steps_done = int(state["steps_done"])
+        self.loss_scale = float(state.get("loss_scale", self.loss_scale))
         setters = {f"random.{self.rank}": torch.set_rng_state, f"random.cuda.{self.rank}": torch.cuda.set_rng_state}
         for name in own & setters.keys():
             setters[name](state[name])
@@ -312,12 +341,14 @@ def by_mesh(params: Any) -> list[list[nn.Parameter]]:
     return list(groups.values())
 
 
-def clip_gradients(parameters: Any, max_norm: float) -> torch.Tensor:
-    """Scale all gradients so that their global norm is at most `max_norm`; returns the norm before."""
+def clip_gradients(parameters: Any, max_norm: float, loss_scale: float = 1.0) -> torch.Tensor:
+    """Divide all gradients by `loss_scale`, and by what brings their global norm below `max_norm`; returns the norm
+    before the latter."""
     params = [p for p in parameters if p.grad is not None]
     norms = [torch.nn.utils.get_total_norm([p.grad for p in group]).full_tensor() for group in by_mesh(params)]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    torch._foreach_mul_([p.grad.to_local() for p in params], (max_norm / (total + 1e-6)).clamp(max=1.0))
+    total = torch.linalg.vector_norm(torch.stack(norms)) / loss_scale
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0) / loss_scale
+    torch._foreach_mul_([p.grad.to_local() for p in params], factor)
     return total
 
 
@@ -329,8 +360,9 @@ class Policy:
 
     def __init__(self, cfg: Config, placement: Any):
         self.cfg, self.timeout_s = cfg.policy, cfg.cluster.timeout_s
-        gpu = cfg.device == "cuda"
+        self.gpus = gpu = cfg.device == "cuda"
         keep_reference = cfg.loss_fn.reference_policy_kl_penalty > 0
+        self.logprobs_too = keep_reference or cfg.policy.train_global_batch_size < cfg.samples_per_step
         threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
         # This fusion in torch.compile guards on the number of tokens: some micro-batches would compile layers again.
         env = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"} if gpu else {"OMP_NUM_THREADS": threads}
@@ -348,7 +380,10 @@ class Policy:
     def start(self) -> list[Any]:
         """Begin loading on all ranks; returns references to wait for (engines load at the same time)."""
         address = ray.get(self.workers[0].address.remote(), timeout=self.timeout_s)
-        return [w.setup.remote(address) for w in self.workers]
+        loaded = [w.setup.remote(address) for w in self.workers]
+        if not self.gpus:
+            return loaded
+        return loaded + [w.compile.remote(COMPILE_TOKENS, self.logprobs_too) for w in self.workers]
 
     def gpu(self) -> tuple[str, int]:
         """Name and bytes of the GPU of rank 0; can be asked before `start`."""

@@ -51,7 +51,7 @@ class RolloutWorker:
             import vllm._custom_ops
 
             vllm._custom_ops._supports_onednn = False
-        elif cfg.precision == "bfloat16":
+        elif cfg.precision != "float32":
             use_float32_logits()
         generation = cfg.generation
         v = generation.vllm_cfg
@@ -167,9 +167,9 @@ class RolloutWorker:
 
 
 def use_float32_logits() -> None:
-    """Let vLLM's LM head return float32 from bfloat16 inputs, as the trainer's does.
+    """Let vLLM's LM head return float32 from 16-bit inputs, as the trainer's does.
 
-    Rounding logits to bfloat16 was most of the mismatch between engine and trainer. vLLM 0.32 has an option for it
+    Rounding logits (to bfloat16) was most of the mismatch between engine and trainer. vLLM 0.32 has an option for it
     (head_dtype), 0.25 has not; this works for both.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod

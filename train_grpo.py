@@ -493,8 +493,9 @@ def train_step(run: Run, rows: Rows, val_rows: Rows | None, step: int, last_step
         normalize=g.normalize_rewards and cfg.loss_fn.variant != "dr_grpo",
     )
     # 6. Update the policy
-    with run.log.phase("train"):
+    with run.log.phase("sleep"):
         run.engines.sleep()
+    with run.log.phase("train"):
         metrics = update(run, samples, advantages_S)
     # 7. Refit: the new weights into the engines, which may still be sampling the next batch
     if run.ahead:

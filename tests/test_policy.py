@@ -292,7 +292,7 @@ def test_gradients_are_clipped_together_and_compiling_leaves_nothing_behind(conf
     worker.setup(free_address())
     try:
         params, weights = list(worker.model.parameters()), [full(p).clone() for p in worker.model.parameters()]
-        worker._compile()
+        worker.compile(tokens=24, logprobs=True)
         assert all(p.grad is None and torch.equal(full(p), w) for p, w in zip(params, weights, strict=True))
         torch.manual_seed(0)
         for p in params:
@@ -304,6 +304,51 @@ def test_gradients_are_clipped_together_and_compiling_leaves_nothing_behind(conf
         clip_gradients(params, norm / 4)
         for p, g in zip(params, before, strict=True):
             torch.testing.assert_close(full(p.grad), g / 4, rtol=1e-5, atol=0)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_float16_gradients_neither_vanish_nor_overflow(config):
+    """The loss is scaled up for float16, by less where that overflows; norm and step are those of float32."""
+
+    def step(precision: str, scale: float | None = None) -> tuple[float, float, torch.Tensor]:
+        """Gradient norm, loss scale afterwards, and by how much the weights changed."""
+        cfg = config(f"policy.precision={precision}")
+        worker = PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
+        worker.setup(free_address())
+        try:
+            worker.loss_scale = scale or worker.loss_scale
+            before = torch.cat([w.flatten() for w in worker._local_weights()])
+            batch = random_batch(6)
+            many = {name: 1e6 * count for name, count in counts(batch).items()}  # as of a part of a huge batch
+            norm = worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **many})["grad_norm"]
+            assert worker.steps_done == 1
+            after = torch.cat([w.flatten() for w in worker._local_weights()])
+            return norm, worker.loss_scale, after.double() - before.double()
+        finally:
+            torch.distributed.destroy_process_group()
+
+    norm, scale, change = step("float32")
+    assert scale == 1
+    assert step("float16", 1.0)[0] < 0.9 * norm  # without a scale much of it is lost
+    for start, most in ((None, 2.0**16), (2.0**60, 2.0**50)):
+        found, scale, half_change = step("float16", start)
+        assert found == pytest.approx(norm, rel=2e-3)
+        assert 1 < scale <= most
+        assert (half_change - change).norm() < 0.02 * change.norm()
+
+
+def test_float16_weights_that_are_no_numbers_end_the_step(config):
+    """A loss that is not finite is no matter of scale: no retries, and the weights stay."""
+    cfg = config("policy.precision=float16")
+    worker = PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
+    worker.setup(free_address())
+    try:
+        with torch.no_grad():
+            next(worker.model.parameters()).fill_(math.nan)
+        batch = random_batch(2)
+        metrics = worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts(batch)})
+        assert math.isnan(metrics["loss"]) and worker.loss_scale == 2.0**16 and worker.steps_done == 0
     finally:
         torch.distributed.destroy_process_group()
 

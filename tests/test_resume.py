@@ -364,9 +364,18 @@ def rank_that_saves(rank: int, world_size: int, address: str, cfg) -> None:
     worker.load(str(checkpoints.dir / "step_1" / "training_state"))
     assert_equal(first, snapshot(worker))
 
+    worker.cfg.precision, worker.loss_scale = "float16", 8.0
+    worker.load(str(checkpoints.dir / "step_1" / "training_state"))
+    assert worker.loss_scale == 8  # what was saved in float32 has none
+    checkpoints.save(policy, Position(3), None)
+    checkpoints.wait(policy)
+    worker.loss_scale = 2.0
+    worker.load(str(checkpoints.dir / "step_3" / "training_state"))
+    assert worker.loss_scale == 8
+
 
 @pytest.mark.slow
-def test_saving_does_not_hold_up_the_next_step_and_a_full_disk_loses_nothing(quickstart_overrides, tmp_path):
+def test_saving_holds_nothing_up_and_a_full_disk_loses_nothing(quickstart_overrides, tmp_path):
     spawn(rank_that_saves, 1, config_of(tmp_path / "checkpoints", quickstart_overrides))
 
 

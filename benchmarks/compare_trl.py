@@ -40,7 +40,6 @@ def ours(model: str, data: Path, work: Path, steps: int) -> list[dict[str, float
         f"policy.model_name={model}", f"data.train_jsonl_fpath={data}/train.jsonl", "data.validation_jsonl_fpath=null",
         f"grpo.max_num_steps={steps}", f"policy.optimizer.lr={LR}", "checkpointing.enabled=false",
         f"logger.log_dir={work}/ours", "policy.scheduler.warmup_steps=0",
-        f"policy.train_global_batch_size={PROMPTS * GROUP}",
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=work, timeout=580)
     rows = [json.loads(line) for line in (work / "ours" / "metrics.jsonl").read_text().splitlines()]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Regenerate the GPU results, a part at a time (each has its own time limit: one failure does not cost the rest):
 #   bash benchmarks/gpu.sh PART MODEL_FOLDER OUTPUT_FOLDER
-# PART: tests | arithmetic | engines | variants | trl | speed | speed-engines | speed-4b | two | recipe.
+# PART: tests | arithmetic | engines | variants | mismatch | trl | profile | speed | speed-4b | two | recipe.
 # MODEL_FOLDER: SmolLM2-135M-Instruct.
 # speed-4b needs one GPU with 141 GB, two and recipe need two, the others one with 80 GB.
 set -uo pipefail
@@ -26,8 +26,8 @@ apart=(policy.generation.colocated.enabled=false policy.generation.colocated.res
 case $part in
 tests) timeout 580 "$python" -m pytest -m gpu 2>&1 | tee "$out/tests.txt" ;;
 arithmetic) timeout 580 bash benchmarks/smollm2_arithmetic.sh "$model" "$out" ;;
-engines) # does a second or third engine on the GPU pay for a model this small?
-    for n in 1 2 3; do
+engines) # how many engines on the GPU pay for a model this small?
+    for n in 1 3 5; do
         timeout 180 bash benchmarks/smollm2_arithmetic.sh "$model" "$out/engines-$n" grpo.max_num_steps=30 \
             grpo.val_at_start=false grpo.val_period=0 policy.generation.engines_per_gpu=$n > "$out/engines-$n.txt" 2>&1
     done
@@ -41,14 +41,15 @@ variants)
         policy.model_name="$model" data.train_jsonl_fpath="$data/train.jsonl" data.validation_jsonl_fpath=null \
         policy.generation.engines_per_gpu=1 policy.generation.vllm_cfg.kv_cache_memory_bytes=1610612736 \
         policy.sequence_packing.train_mb_tokens=4096 grpo.max_num_steps=150 ;;
+mismatch) timeout 300 "$python" benchmarks/mismatch.py "$model" --results "$out/mismatch.json" ;;
+profile) # of updates: SmolLM2 as on arithmetic, where about 150 of 512 answers have an advantage, and Qwen3-0.6B
+    timeout 150 "$python" benchmarks/profile_update.py "$model" --sequences 150 --prompt-tokens 185 \
+        --answer-tokens 30 > "$out/profile-smollm2.txt" 2>&1
+    timeout 200 "$python" benchmarks/profile_update.py qwen3-0.6b > "$out/profile-qwen3-0.6b.txt" 2>&1 ;;
 trl) timeout 590 "$python" benchmarks/compare_trl.py "$model" "$out" ;;
 speed)
     speed qwen3-0.6b qwen3-0.6b-1
     speed qwen3-1.7b qwen3-1.7b-1 ;;
-speed-engines) # generation waits for Python: two engines share that out, each with KV cache for half of the answers
-    halves=(policy.generation.engines_per_gpu=2 policy.generation.vllm_cfg.kv_cache_memory_bytes=12884901888)
-    speed qwen3-0.6b qwen3-0.6b-1-two-engines "${halves[@]}"
-    speed qwen3-1.7b qwen3-1.7b-1-two-engines "${halves[@]}" ;;
 speed-4b) speed qwen3-4b qwen3-4b-1 ;;
 two) # one GPU as the yardstick, then two with twice the batch, FSDP and tensor parallel, and engines apart
     speed qwen3-1.7b qwen3-1.7b-1-of-2

@@ -41,10 +41,13 @@ NO_CHECKPOINTING = [
     "policy.dtensor_cfg.activation_checkpointing=false",
     "policy.dtensor_cfg.reshard_after_forward=false",
 ]
+TWO_ENGINES = [  # a GPU: they share out vLLM's Python; each with KV cache for half of 512 answers
+    "policy.generation.engines_per_gpu=2", "policy.generation.vllm_cfg.kv_cache_memory_bytes=12884901888",
+]  # fmt: skip
 SETTINGS = {  # what fits one H100 (qwen3-4b: one H200); further overrides come after these
     "tiny": ["policy.sequence_packing.train_mb_tokens=1024"],
-    "qwen3-0.6b": [*NO_CHECKPOINTING, "policy.sequence_packing.train_mb_tokens=16384"],
-    "qwen3-1.7b": [*NO_CHECKPOINTING, "policy.sequence_packing.train_mb_tokens=8192"],
+    "qwen3-0.6b": [*NO_CHECKPOINTING, *TWO_ENGINES, "policy.sequence_packing.train_mb_tokens=16384"],
+    "qwen3-1.7b": [*NO_CHECKPOINTING, *TWO_ENGINES, "policy.sequence_packing.train_mb_tokens=8192"],
     "qwen3-4b": ["policy.dtensor_cfg.reshard_after_forward=false", "policy.sequence_packing.train_mb_tokens=16384"],
 }
 COMPILED = ["policy.dtensor_cfg.compile_layers=true"]

@@ -360,7 +360,7 @@ class Policy:
 
     def __init__(self, cfg: Config, placement: Any):
         self.cfg, self.timeout_s = cfg.policy, cfg.cluster.timeout_s
-        self.gpus = gpu = cfg.device == "cuda"
+        self.on_gpu = gpu = cfg.device == "cuda"
         keep_reference = cfg.loss_fn.reference_policy_kl_penalty > 0
         self.logprobs_too = keep_reference or cfg.policy.train_global_batch_size < cfg.samples_per_step
         threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
@@ -381,7 +381,7 @@ class Policy:
         """Begin loading on all ranks; returns references to wait for (engines load at the same time)."""
         address = ray.get(self.workers[0].address.remote(), timeout=self.timeout_s)
         loaded = [w.setup.remote(address) for w in self.workers]
-        if not self.gpus:
+        if not self.on_gpu:
             return loaded
         return loaded + [w.compile.remote(COMPILE_TOKENS, self.logprobs_too) for w in self.workers]
 

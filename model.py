@@ -4,6 +4,7 @@ Packing, attention that does not cross sequences, an LM head that keeps no logit
 Axis suffixes of names: _S sequence, _N packed token of a micro-batch (prompts and responses), _T response token.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from config import PolicyCfg
 
 GROUP_WEIGHTS = 1 << 27  # of decoder layers that FSDP gathers and reduces together, at most
+# torch 2.11's kernels take fewer key-value heads than query heads as they are; later versions want to be told.
+GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 HEAD_CHUNK = 4096  # response tokens per slice of the LM head: bounds the float32 logits [HEAD_CHUNK, vocabulary]
 
 
@@ -154,13 +158,10 @@ def packed_attention(
         )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
     if query.is_cuda and query.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn
-
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        query, key, value = (x.contiguous() for x in (query, key, value))
         out = varlen_attn(
-            query.contiguous(), key, value.contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-            scale=scaling, window_size=(-1, 0),
+            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(-1, 0),
+            **GROUPED_HEADS,
         )  # fmt: skip
         return out[None], None
     lengths = cu_seqlens.diff()

@@ -92,15 +92,22 @@ class PolicyWorker:
         return sum(p.numel() for p in self.model.parameters())
 
     def compile(self, tokens: int, logprobs: bool) -> None:
-        """Let torch.compile do its work while the engines are still loading, instead of in the first step.
+        """All of an update but its optimizer step, for torch.compile and NCCL to do their work while the engines are
+        still loading, instead of in the first step.
 
-        It splits sums over tokens (the gradients of the norms) into as many parts as suit the number it sees first,
-        so that is `tokens`. `logprobs`: also for the pass without gradient.
+        torch.compile splits sums over tokens (the gradients of the norms) into as many parts as suit the number it
+        sees first, so that is `tokens`. `logprobs`: also for the pass without gradient.
         """
         ids = np.zeros(tokens // 4, dtype=np.int64)
         ids = [ids, ids[1:]]  # two lengths, so that neither is taken for a constant
         batch = Sequences(ids, ids, {}, {})
-        self.model(MicroBatch.build(batch, self.device), self.cfg.generation.temperature).sum().backward()
+
+        def loss_fn(logprobs_T: torch.Tensor, sequence_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return logprobs_T.mean(), {"loss": logprobs_T.mean()}
+
+        totals = self._gradients([MicroBatch.build(batch, self.device)], loss_fn, {})
+        clip_gradients(self.model.parameters(), self.cfg.max_grad_norm, self.loss_scale)
+        reduce_metrics(totals, self.mesh["dp"].get_group())
         self.optimizer.zero_grad(set_to_none=True)
         if logprobs:
             self.logprobs(batch)
@@ -109,7 +116,8 @@ class PolicyWorker:
         """This rank's shards of the float32 master weights."""
         return [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in self.model.parameters()]
 
-    def _micro_batches(self, batch: Sequences) -> list[MicroBatch]:
+    def _micro_batches(self, batch: Sequences) -> list[tuple[list[int], MicroBatch]]:
+        """This rank's share of `batch`, each with the indices of its sequences."""
         packing = self.cfg.sequence_packing
         budget = packing.train_mb_tokens if packing.enabled else 1  # 1: every sequence is alone
         mine = pack(batch.lengths, budget, self.dp_size)[self.dp_rank]
@@ -134,7 +142,7 @@ class PolicyWorker:
     def _update(self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any]) -> dict[str, float]:
         micro_batches = self._micro_batches(batch)
         while True:
-            totals = self._gradients(micro_batches, loss_fn, loss_kwargs)
+            totals = self._gradients([mb for _, mb in micro_batches], loss_fn, loss_kwargs)
             grad_norm = clip_gradients(self.model.parameters(), self.cfg.max_grad_norm, self.loss_scale)
             metrics = reduce_metrics(totals, self.mesh["dp"].get_group())
             finite = torch.isfinite(grad_norm).item()  # the same on every rank
@@ -150,12 +158,12 @@ class PolicyWorker:
         return metrics | {"grad_norm": grad_norm.item(), "lr": lr, "micro_batches": len(micro_batches)}
 
     def _gradients(
-        self, micro_batches: list, loss_fn: Callable, loss_kwargs: dict[str, Any]
+        self, micro_batches: list[MicroBatch], loss_fn: Callable, loss_kwargs: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
         """Leave the batch's gradients, times `loss_scale`, in the parameters; returns this rank's metrics."""
         totals: dict[str, torch.Tensor] = {}
         scale = self.dp_size * self.loss_scale  # FSDP averages over ranks; the loss is divided by global counts already
-        for i, (_, mb) in enumerate(micro_batches):
+        for i, mb in enumerate(micro_batches):
             if len(micro_batches) > 1:  # (each of these walks through all modules)
                 last = i == len(micro_batches) - 1
                 self.model.set_requires_gradient_sync(last)  # reduce gradients once per optimizer step

@@ -1,6 +1,6 @@
 """The same updates on one GPU, with FSDP over two and with tensor parallel over two: losses, norms, log-probabilities.
 
-    python benchmarks/agreement.py GEOMETRY [--results FILE] [--cpu] [section.key=value ...]
+    python benchmarks/agreement.py GEOMETRY [--results FILE] [--model-folder FOLDER] [--cpu] [section.key=value ...]
 
 Random weights of a geometry of step_time.py and one fixed batch of random answers; two optimizer steps. How far one GPU
 is from itself with other micro-batches, which differs by rounding alone, is the yardstick. Prints a Markdown table and
@@ -85,14 +85,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("geometry", choices=GEOMETRIES)
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--model-folder", type=Path, help="where the model is made, or lies from an earlier call")
     parser.add_argument("--cpu", action="store_true", help="gloo ranks instead of GPUs")
     args, overrides = parser.parse_known_args()
     batch = random_batch(GEOMETRIES[args.geometry][6])
     with tempfile.TemporaryDirectory() as folder:
-        make_model(args.geometry, Path(folder))
+        model = args.model_folder or Path(folder)
+        if not (model / "tokenizer.json").exists():
+            make_model(args.geometry, model)
         found = {
-            name: measure(Path(folder), batch, ranks, args.cpu, [*own, *overrides])
-            for name, (ranks, own) in SETTINGS.items()
+            name: measure(model, batch, ranks, args.cpu, [*own, *overrides]) for name, (ranks, own) in SETTINGS.items()
         }
     reference = found["one GPU"]["logprobs"]
     lines = ["| | loss, two steps | gradient norm | log-probabilities after them: mean, largest difference |"]

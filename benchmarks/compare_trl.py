@@ -1,12 +1,13 @@
 """The same job in this code base and in TRL's GRPOTrainer, on the same GPU, one after the other.
 
-    python benchmarks/compare_trl.py MODEL_FOLDER OUTPUT_FOLDER [--steps 60] [--micro-batch 512]
+    python benchmarks/compare_trl.py MODEL_FOLDER OUTPUT_FOLDER [--steps 60] [--micro-batch 512] [--ours METRICS]
 
 SmolLM2-135M-Instruct on the rows of recipes/smollm2-arithmetic.yaml: 32 prompts x 16 answers of at most 96 tokens a
 step. TRL is set as its documentation advises for speed: colocated vLLM, bfloat16, no activation checkpointing, fused
 AdamW, the largest micro-batch that fits (halved from `--micro-batch` on when memory runs out), no importance-sampling
 pass, since ours has none either. Both make one optimizer step per batch, with the same learning rate, loss denominator
-(all tokens of the batch) and verifier.
+(all tokens of the batch) and verifier. `--ours`: take our side from the metrics.jsonl of a run of the recipe, such as
+one on the machine's other GPU at the same time; it is read when TRL has finished.
 OUTPUT_FOLDER gets compare_trl.json: `ratio` of the median seconds per step (without the first five), and for each side
 seconds and reward of every step.
 """
@@ -42,7 +43,13 @@ def ours(model: str, data: Path, work: Path, steps: int) -> list[dict[str, float
         f"logger.log_dir={work}/ours", "policy.scheduler.warmup_steps=0",
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=work, timeout=580)
-    rows = [json.loads(line) for line in (work / "ours" / "metrics.jsonl").read_text().splitlines()]
+    return our_steps(work / "ours" / "metrics.jsonl", steps)
+
+
+def our_steps(metrics: Path, count: int) -> list[dict[str, float]]:
+    """The first `count` steps of a file that may still be growing."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()[: count + 1]]
+    rows = [r for r in rows if "time/step_s" in r][:count]  # not a validation before the first step
     return [{"at_s": r["time/elapsed_s"], "step_s": r["time/step_s"], "reward": r["reward"]} for r in rows]
 
 
@@ -115,6 +122,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--ours", type=Path, metavar="METRICS", help="metrics.jsonl of our side, run elsewhere")
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--trl", type=Path, help=argparse.SUPPRESS)  # this process is TRL's; where its steps go
     parser.add_argument("--micro-batch", type=int, default=PROMPTS * GROUP, help="the largest to try in TRL")
@@ -127,9 +135,11 @@ def main() -> None:
         work, model = Path(folder), str(Path(args.model).resolve())
         prepare = [sys.executable, str(ROOT / "prepare_data.py"), "arithmetic", "--output", str(work / "data")]
         subprocess.run([*prepare, *ARITHMETIC], check=True)
-        sides = {"ours": {"steps": ours(model, work / "data", work, args.steps)}}
+        sides = {} if args.ours else {"ours": {"steps": ours(model, work / "data", work, args.steps)}}
         steps, micro_batch = trl_in_a_process(model, work / "data", work, args.steps, args.micro_batch)
-        sides["trl"] = {"steps": steps, "micro_batch": micro_batch}
+    if args.ours:
+        sides["ours"] = {"steps": our_steps(args.ours, args.steps)}
+    sides["trl"] = {"steps": steps, "micro_batch": micro_batch}
     for name, side in sides.items():
         side["step_s"] = statistics.median(s["step_s"] for s in side["steps"][WARM_UP:])
         print(f"{name}: {side['step_s']:.2f} s per step; reward {curve(side['steps'])}")

@@ -20,7 +20,8 @@ speed() { # GEOMETRY NAME [arguments and overrides...]
     tail -n 1 "$out/$name.txt"
 }
 agreement() { # GEOMETRY: one GPU, FSDP 2 and tensor parallel 2 on the same batch
-    timeout 280 "$python" benchmarks/agreement.py "$1" --results "$out/agreement-$1.json" 2>&1 | tail -n 6
+    timeout 280 "$python" benchmarks/agreement.py "$1" --results "$out/agreement-$1.json" \
+        --model-folder "$models/$1" 2>&1 | tail -n 6
 }
 apart=(policy.generation.colocated.enabled=false policy.generation.colocated.resources.gpus_per_node=1)
 case $part in
@@ -60,8 +61,8 @@ two) # one GPU as the yardstick, then two with twice the batch, FSDP and tensor 
     speed qwen3-1.7b qwen3-1.7b-apart --gpus 2 "${apart[@]}"
     speed qwen3-1.7b qwen3-1.7b-one-step-off --gpus 2 "${apart[@]}" grpo.async_one_step_off=true \
         loss_fn.use_importance_sampling_correction=true loss_fn.truncated_importance_sampling_ratio=2 ;;
-recipe) # the tutorial's shape: 4 prompts, 3 steps, 32,768 tokens, tensor parallel 2, activation checkpointing
-    speed qwen3-4b qwen3-4b-recipe --gpus 2 --prompts 4 --steps 3 --answer-tokens 4096 \
+recipe) # the tutorial's shape: 4 prompts, 3 steps, tensor parallel 2, activation checkpointing, 32,768 tokens
+    speed qwen3-4b qwen3-4b-recipe --gpus 2 --prompts 4 --steps 3 --answer-tokens 1024 \
         policy.max_total_sequence_length=32768 policy.sequence_packing.train_mb_tokens=32768 \
         policy.dtensor_cfg.tensor_parallel_size=2 policy.dtensor_cfg.reshard_after_forward=true ;;
 *) echo "error: unknown part '$part'" >&2 && exit 2 ;;

@@ -3,7 +3,8 @@
 Three ways, by where the engines are (`Route`):
 - "ipc": engine and policy rank share a GPU; each engine maps its neighbour's bucket through a CUDA IPC handle;
 - "object store": on the CPU rank 0's bytes travel through Ray's object store to every engine;
-- "broadcast": engines have GPUs of their own; rank 0 broadcasts to all of them over NCCL (gloo on the CPU).
+- "broadcast": engines have GPUs of their own; rank 0 broadcasts to the first engine on each over NCCL (gloo on the
+  CPU), and that one hands the bucket to the others there in one of the first two ways.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,21 @@ def route(device: str, colocated: bool) -> Route:
     return "broadcast" if not colocated else "ipc" if device == "cuda" else "object store"
 
 
+def message(flat: torch.Tensor, readers: int) -> Any:
+    """A bucket for other processes on this machine, as `WeightReceiver.load` takes it.
+
+    From a GPU a list of one handle for each of the `readers`: torch counts the readers of a handle down from one, and
+    would keep the memory of one that two have read for ever. `flat` must stay until they have read it.
+    """
+    if flat.device.type == "cpu":
+        return flat.view(torch.uint8).numpy()
+    torch.cuda.synchronize()
+    return [reduce_tensor(flat)[1] for _ in range(readers)]
+
+
 def broadcast_group(address: str, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
-    """A process group of the policy's rank 0 (`rank` 0) and all engines, beside the default group that each side has.
+    """A process group of the policy's rank 0 (`rank` 0) and the first engine of each GPU, beside the default group that
+    each side has.
 
     Blocks until all `size` members have come, at most `timeout_s`.
     """
@@ -60,17 +74,13 @@ class WeightSender:
     def bucket(self, index: int, by: Route, readers: int) -> Any:
         """Bucket `index` as something that `WeightReceiver.load` on the other side takes (None: not from this rank).
 
-        By "ipc" a list of one handle for each of the `readers`, the engines beside this rank: torch counts the readers
-        of a handle down from one, and would keep the memory of one that two have read for ever.
+        `readers`: by "ipc", how many engines there are beside this rank.
         """
         flat = self.flat(index)
-        if by == "object store":
-            return flat.view(torch.uint8).numpy() if self.rank == 0 else None
-        if by == "ipc":
+        if by == "ipc" or (by == "object store" and self.rank == 0):
             self._shared = flat  # stays while the engine reads it: until the next call, or `release`
-            torch.cuda.synchronize()
-            return [reduce_tensor(flat)[1] for _ in range(readers)]
-        if self.rank == 0:
+            return message(flat, readers)
+        if by == "broadcast" and self.rank == 0:
             self.group.broadcast(flat, 0).wait()
         return None
 
@@ -85,24 +95,33 @@ class WeightReceiver:
     def __init__(
         self, layout: Layout, place: int, dtype: torch.dtype, device: torch.device, load_weights: Callable[[list], Any]
     ):
-        """`place`: which of the engines beside the same policy rank this one is."""
+        """`place`: which of the readers of a `message` this engine is."""
         self.layout, self.place, self.dtype, self.device, self.load_weights = layout, place, dtype, device, load_weights
         self.group: Any = None
+        self._shared: torch.Tensor | None = None
 
-    def load(self, index: int, message: Any, by: Route) -> None:
-        """Copy bucket `index` into the model."""
+    def load(self, index: int, sent: Any, readers: int = 0) -> Any:
+        """Copy bucket `index` into the model: from the `message` that was sent, or without one from the broadcast.
+
+        Returns a message for `readers` more engines on this GPU (None: there are none).
+        """
         sizes = [torch.Size(shape).numel() for _, shape in self.layout[index]]
-        if by == "ipc":
-            flat = rebuild_cuda_tensor(*message[self.place])
-        elif by == "object store":
-            flat = torch.from_numpy(message.copy()).view(self.dtype)
-        else:
-            flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+        if sent is None:
+            self._shared = flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
             self.group.broadcast(flat, 0).wait()
+        elif self.device.type == "cpu":
+            flat = torch.from_numpy(sent.copy()).view(self.dtype)
+        else:
+            flat = rebuild_cuda_tensor(*sent[self.place])
         parts = zip(self.layout[index], flat.split(sizes), strict=True)
         self.load_weights([(name, part.view(shape)) for (name, shape), part in parts])
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the sender reuses its buffer once we return
+        return message(flat, readers) if readers else None
+
+    def release(self) -> None:
+        """Give the last bucket's memory back."""
+        self._shared = None
 
 
 def layout(shapes: dict[str, torch.Size], numel: int) -> Layout:
@@ -124,40 +143,49 @@ def full(p: torch.Tensor) -> torch.Tensor:
 
 
 class Link:
-    """The driver's side: which policy rank feeds which engine."""
+    """The driver's side: which engine gets its weights from where."""
 
     def __init__(
-        self, policy_workers: list[Any], engine_workers: list[Any], beside: list[int], by: Route, timeout_s: float
+        self, policy_workers: list[Any], engine_workers: list[Any], gpus: list[int], by: Route, timeout_s: float
     ):
-        """`beside`: for each engine the policy rank on its GPU (read only by route "ipc")."""
-        self.policy, self.engines, self.by, self.timeout_s = policy_workers, engine_workers, by, timeout_s
-        self.source = {"ipc": beside, "object store": [0] * len(engine_workers)}.get(by)
+        """`gpus`: the number of each engine's GPU; engines beside the policy have that of its rank there."""
+        self.policy, self.engines, self.gpus, self.by = policy_workers, engine_workers, gpus, by
+        self.timeout_s = timeout_s
         layout = ray.get(policy_workers[0].weight_layout.remote(), timeout=timeout_s)
         self.num_buckets = len(layout)
-        self.readers = [beside.count(rank) for rank in range(len(policy_workers))]
-        places = [beside[:i].count(rank) for i, rank in enumerate(beside)]
+        places = [gpus[:i].count(gpu) for i, gpu in enumerate(gpus)]
+        if by == "broadcast":
+            # NCCL takes no two processes on one GPU: the first engine on each joins, and feeds the others there.
+            members = [policy_workers[0], *(e for e, p in zip(engine_workers, places, strict=True) if p == 0)]
+            places = [max(0, p - 1) for p in places]
         expecting = [e.expect_weights.remote(layout, p) for e, p in zip(engine_workers, places, strict=True)]
         ray.get(expecting, timeout=timeout_s)
         if by == "broadcast":
-            address, members = (
-                ray.get(policy_workers[0].address.remote(), timeout=timeout_s),
-                [policy_workers[0], *engine_workers],
-            )
+            address = ray.get(policy_workers[0].address.remote(), timeout=timeout_s)
             joins = [m.join_broadcast.remote(address, i, len(members)) for i, m in enumerate(members)]
             ray.get(joins, timeout=timeout_s)
 
     def refit(self) -> None:
         """Bring all weights over; returns when every engine has them."""
+        readers = [self.gpus.count(rank) for rank in range(len(self.policy))]
         for index in range(self.num_buckets):
-            buckets = [
-                w.weight_bucket.remote(index, self.by, n) for w, n in zip(self.policy, self.readers, strict=True)
-            ]
-            messages = [buckets[rank] for rank in self.source] if self.source else [None] * len(self.engines)
-            loads = [
-                e.load_weight_bucket.remote(index, m, self.by) for e, m in zip(self.engines, messages, strict=True)
-            ]
-            ray.get([*loads, *buckets], timeout=self.timeout_s)
-        ray.get([w.release_weight_bucket.remote() for w in self.policy], timeout=self.timeout_s)
+            buckets = [w.weight_bucket.remote(index, self.by, n) for w, n in zip(self.policy, readers, strict=True)]
+            ray.get([*self._load(index, buckets), *buckets], timeout=self.timeout_s)
+        holders = self.policy + (self.engines if self.by == "broadcast" else [])
+        ray.get([h.release_weight_bucket.remote() for h in holders], timeout=self.timeout_s)
+
+    def _load(self, index: int, buckets: list[Any]) -> list[Any]:
+        """Let every engine load bucket `index`; returns references to wait for."""
+        loads: list[Any] = []
+        for i, (engine, gpu) in enumerate(zip(self.engines, self.gpus, strict=True)):
+            first = self.gpus.index(gpu)
+            if self.by == "broadcast":
+                leads = first == i
+                sent, readers = None if leads else loads[first], self.gpus.count(gpu) - 1 if leads else 0
+            else:
+                sent, readers = buckets[gpu if self.by == "ipc" else 0], 0
+            loads.append(engine.load_weight_bucket.remote(index, sent, readers))
+        return loads
 
     def make_room(self) -> None:
         """Let the policy give memory that it has no use for at the moment back to its GPU, for the engine beside it."""

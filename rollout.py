@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from config import Config, PolicyCfg
 from launch import OUT_OF_MEMORY_ADVICE
-from refit import Layout, Link, Route, WeightReceiver, broadcast_group, route
+from refit import Layout, Link, WeightReceiver, broadcast_group, route
 
 
 @dataclass
@@ -136,8 +136,8 @@ class RolloutWorker:
         )
 
     def expect_weights(self, layout: Layout, place: int) -> None:
-        """Told once, before the first refit: how the policy's weights are split into buckets, and which of the engines
-        beside the same policy rank this one is."""
+        """Told once, before the first refit: how the policy's weights are split into buckets, and which reader of a
+        message this engine is (`refit.message`)."""
         dtype, device = getattr(torch, self.cfg.precision), torch.device(self.device)
 
         def load(weights: list[tuple[str, torch.Tensor]]) -> None:
@@ -146,12 +146,15 @@ class RolloutWorker:
         self.receiver = WeightReceiver(layout, place, dtype, device, load)
 
     def join_broadcast(self, address: str, rank: int, size: int) -> None:
-        """Meet the policy's rank 0 and the other engines."""
+        """Meet the policy's rank 0 and the first engines of other GPUs."""
         self.receiver.group = broadcast_group(address, rank, size, self.receiver.device, self.timeout_s)
 
-    def load_weight_bucket(self, index: int, message: Any, by: Route) -> None:
-        """Copy one bucket of `PolicyWorker.weight_bucket` into the engine."""
-        self.receiver.load(index, message, by)
+    def load_weight_bucket(self, index: int, sent: Any, readers: int = 0) -> Any:
+        """Copy one bucket into the engine, see `WeightReceiver.load`."""
+        return self.receiver.load(index, sent, readers)
+
+    def release_weight_bucket(self) -> None:
+        self.receiver.release()
 
     def reset_prefix_cache(self) -> None:
         """Forget keys and values computed under older weights."""
@@ -256,9 +259,7 @@ class RolloutEngines:
 
     def connect(self, policy_workers: list[Any]) -> None:
         """Once both sides are loaded: agree on how weights travel."""
-        rank_at = {bundle: rank for rank, bundle in enumerate(self.cfg.policy_bundles)}
-        beside = [rank_at.get(bundle, 0) for bundle in self.cfg.engine_bundles]
-        self.link = Link(policy_workers, self.workers, beside, self.route, self.timeout_s)
+        self.link = Link(policy_workers, self.workers, self.cfg.engine_bundles, self.route, self.timeout_s)
 
     def refit(self) -> None:
         """Bring the policy's weights into every engine, wake the KV memory, and forget cached prefixes."""

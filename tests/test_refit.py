@@ -146,8 +146,8 @@ def test_each_engine_gets_a_handle_of_its_own():
         def expect_weights(self, layout, place):
             self.place = place
 
-        def load_weight_bucket(self, index, message, by):
-            self.taken = (len(message), *message[self.place])
+        def load_weight_bucket(self, index, sent, readers):
+            self.taken = (len(sent), *sent[self.place])
 
         def got(self):
             return self.taken
@@ -155,7 +155,7 @@ def test_each_engine_gets_a_handle_of_its_own():
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         engines = [Engine.remote() for _ in range(5)]
-        Link([Rank.remote(0), Rank.remote(1)], engines, beside=[0, 0, 0, 1, 1], by="ipc", timeout_s=60).refit()
+        Link([Rank.remote(0), Rank.remote(1)], engines, gpus=[0, 0, 0, 1, 1], by="ipc", timeout_s=60).refit()
         taken = ray.get([e.got.remote() for e in engines], timeout=60)
     finally:
         ray.shutdown()

@@ -125,10 +125,9 @@ def arithmetic_rows(cfg: Arithmetic, template: str = "{question}") -> dict[str, 
             held_out[problem["key"]] = (problem, rng)
 
     def row(problem: Row, rng: random.Random) -> Row:
-        # The kinds of the solved examples rotate from a random start: with enough examples every kind is shown.
-        start, shown, messages = rng.randrange(len(cfg.kinds)), {problem["key"]}, []
-        for j in range(cfg.solved_examples):
-            example = cfg.draw(cfg.kinds[(start + j) % len(cfg.kinds)], rng, shown, held_out.keys())
+        shown, messages = {problem["key"]}, []
+        for _ in range(cfg.solved_examples):  # of the problem's own kind, so that they show how it is worked out
+            example = cfg.draw(problem["kind"], rng, shown, held_out.keys())
             if example["key"] in shown:
                 raise DataError(f"too few problems for {cfg.solved_examples} --solved-examples; raise --max-operand")
             shown.add(example["key"])

@@ -2,9 +2,9 @@
 
     python benchmarks/agreement.py GEOMETRY [--results FILE] [--model-folder FOLDER] [--cpu] [section.key=value ...]
 
-Random weights of a geometry of step_time.py and one fixed batch of random answers; two optimizer steps. How far one GPU
-is from itself with other micro-batches, which differs by rounding alone, is the yardstick. Prints a Markdown table and
-writes it with all numbers to FILE.
+Random weights of a geometry of step_time.py and one fixed batch of random answers; two optimizer steps. The yardstick is
+how far bfloat16 is from float32 on one GPU, and one GPU from itself with other micro-batches: that is rounding alone.
+Prints a Markdown table and writes it with all numbers to FILE.
 """
 
 import argparse
@@ -32,6 +32,8 @@ SETTINGS = {  # ranks, overrides
     "one GPU, smaller micro-batches": (1, ["policy.sequence_packing.train_mb_tokens=2000"]),
     "FSDP 2": (2, []),
     "tensor parallel 2": (2, ["policy.dtensor_cfg.tensor_parallel_size=2"]),
+    "one GPU, float32": (1, ["policy.precision=float32"]),
+    "tensor parallel 2, float32": (2, ["policy.precision=float32", "policy.dtensor_cfg.tensor_parallel_size=2"]),
 }
 
 
@@ -58,7 +60,7 @@ def measure(model: Path, batch: Sequences, ranks: int, cpu: bool, overrides: lis
         [
             f"policy.model_name={model}", "cluster.num_nodes=1", f"cluster.gpus_per_node={0 if cpu else ranks}",
             "cluster.timeout_s=300", "policy.dtensor_cfg.tensor_parallel_size=1", "logger.wandb_enabled=false",
-            f"policy.max_total_sequence_length={PROMPT_TOKENS + ANSWER_TOKENS}", "policy.optimizer.lr=1e-4",
+            f"policy.max_total_sequence_length={PROMPT_TOKENS + ANSWER_TOKENS}", "policy.optimizer.lr=1e-6",
             "policy.sequence_packing.train_mb_tokens=8000", f"policy.train_global_batch_size={len(batch)}",
             f"grpo.num_prompts_per_step={PROMPTS}", f"grpo.num_generations_per_prompt={GROUP}",
             "loss_fn.use_importance_sampling_correction=true", *cluster, *overrides,

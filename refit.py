@@ -68,8 +68,11 @@ class WeightSender:
     @torch.no_grad()
     def flat(self, index: int) -> torch.Tensor:
         """Bucket `index` as one flat tensor in the compute precision."""
-        parts = [full(self.weights[name]).to(self.device, self.dtype).reshape(-1) for name, _ in self.layout[index]]
-        return torch.cat(parts)
+        weights = [full(self.weights[name]).reshape(-1) for name, _ in self.layout[index]]
+        sizes = [w.numel() for w in weights]
+        flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+        torch._foreach_copy_(list(flat.split(sizes)), weights)
+        return flat
 
     def bucket(self, index: int, by: Route, readers: int) -> Any:
         """Bucket `index` as something that `WeightReceiver.load` on the other side takes (None: not from this rank).
@@ -139,7 +142,9 @@ def layout(shapes: dict[str, torch.Size], numel: int) -> Layout:
 
 def full(p: torch.Tensor) -> torch.Tensor:
     """The whole tensor of a weight that may be sharded (then a collective)."""
-    return p.full_tensor() if isinstance(p, DTensor) else p.detach()
+    if not isinstance(p, DTensor):
+        return p.detach()
+    return p.full_tensor() if p.device_mesh.size() > 1 else p.detach().to_local()
 
 
 class Link:
@@ -171,8 +176,8 @@ class Link:
         for index in range(self.num_buckets):
             buckets = [w.weight_bucket.remote(index, self.by, n) for w, n in zip(self.policy, readers, strict=True)]
             ray.get([*self._load(index, buckets), *buckets], timeout=self.timeout_s)
-        holders = self.policy + (self.engines if self.by == "broadcast" else [])
-        ray.get([h.release_weight_bucket.remote() for h in holders], timeout=self.timeout_s)
+        for holder in self.policy + (self.engines if self.by == "broadcast" else []):
+            holder.release_weight_bucket.remote()  # not waited for: an actor does one thing after the other
 
     def _load(self, index: int, buckets: list[Any]) -> list[Any]:
         """Let every engine load bucket `index`; returns references to wait for."""

@@ -102,7 +102,8 @@ class RolloutWorker:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self.reset_prefix_cache()  # keys computed in a validation before would be rounded otherwise
+        if not self.llm.reset_prefix_cache():  # its keys and values may be of older weights
+            raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
         seeds: list[int | None] = seed if isinstance(seed, list) else [None] * len(prompts)
         if isinstance(seed, int):
             torch.manual_seed(seed)  # vLLM samples from torch's generator or, in its newer runner, seeds each
@@ -155,11 +156,6 @@ class RolloutWorker:
 
     def release_weight_bucket(self) -> None:
         self.receiver.release()
-
-    def reset_prefix_cache(self) -> None:
-        """Forget keys and values computed under older weights."""
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
 
     def sleep(self) -> None:
         """Give weights and KV cache back to the GPU; a refit brings the weights back."""
@@ -262,7 +258,7 @@ class RolloutEngines:
         self.link = Link(policy_workers, self.workers, self.cfg.engine_bundles, self.route, self.timeout_s)
 
     def refit(self) -> None:
-        """Bring the policy's weights into every engine, wake the KV memory, and forget cached prefixes."""
+        """Bring the policy's weights into every engine and wake the KV memory. (`generate` forgets cached prefixes.)"""
         if self.sleeps:
             self.link.make_room()
             self._all("wake_up", "weights")
@@ -270,4 +266,3 @@ class RolloutEngines:
         if self.sleeps:
             self.link.make_room()
             self._all("wake_up", "kv_cache")
-        self._all("reset_prefix_cache")

@@ -2,8 +2,8 @@
 
     python benchmarks/agreement.py GEOMETRY [--results FILE] [--model-folder FOLDER] [--cpu] [section.key=value ...]
 
-Random weights of a geometry of step_time.py and one fixed batch of random answers; two optimizer steps. The yardstick is
-how far bfloat16 is from float32 on one GPU, and one GPU from itself with other micro-batches: that is rounding alone.
+Random weights of a geometry of step_time.py and one fixed batch of random answers; two optimizer steps. The yardstick
+is how far bfloat16 is from float32 on one GPU, and one GPU from itself with other micro-batches: rounding alone.
 Prints a Markdown table and writes it with all numbers to FILE.
 """
 

@@ -325,8 +325,9 @@ def update(run: "Run", samples: list[Sample], advantages_S: torch.Tensor) -> dic
         per_sequence={"advantages_T": advantages_S.float().numpy()},
     )
     chosen = batch.take(active)
-    if size < len(samples):
-        chosen.per_token["old_logprobs_T"] = run.policy.logprobs(chosen)
+    # Under the weights before the update; in the first optimizer step those are the present ones.
+    later = [k for k, i in enumerate(active) if i >= size]
+    old_logprobs_T = dict(zip(later, run.policy.logprobs(chosen.take(later)), strict=True)) if later else {}
     if needs_reference:
         chosen.per_token["ref_logprobs_T"] = run.policy.logprobs(chosen, reference=True)
     results = []
@@ -339,7 +340,10 @@ def update(run: "Run", samples: list[Sample], advantages_S: torch.Tensor) -> dic
                 "num_valid_sequences": float(sum(masks[i].any() for i in step)),
             }
             trace = run.log.trace_file(len(results))
-            result = run.policy.update(chosen.take(mine), grpo_loss, {"cfg": cfg.loss_fn, **counts}, trace)
+            part = chosen.take(mine)
+            if start:
+                part.per_token["old_logprobs_T"] = [old_logprobs_T[k] for k in mine]
+            result = run.policy.update(part, grpo_loss, {"cfg": cfg.loss_fn, **counts}, trace)
             stop_if_not_finite(run, result, samples)
             results.append(result | {"trained_tokens": result["trained_token_fraction"] * counts["num_valid_tokens"]})
     nonfinite = int(sum((~np.isfinite(s.rollout_logprobs)).sum() for s in samples))

@@ -262,7 +262,33 @@ def test_answers_without_advantage_cost_nothing_and_change_nothing(start_run):
     assert skipped["probs_ratio"] == pytest.approx(1.0)
 
 
-def ordered_logprobs(worker: PolicyWorker, batch: Sequences, reference: bool) -> list[np.ndarray]:
+def test_ratios_of_a_second_optimizer_step_are_against_the_weights_before_the_first(start_run):
+    """As if every answer's old log-probabilities had been computed up front."""
+    rng = np.random.default_rng(0)
+    samples = [sample(i // 2, rng.integers(3, 200, 5), rng.integers(3, 200, 4), False, 0.0) for i in range(4)]
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    run = start_run("policy.train_global_batch_size=2")
+    run.policy.logprobs = functools.partial(ordered_logprobs, run.policy)
+    metrics = update(run, samples, advantages)
+    weights = {name: w.clone() for name, w in full_weights(run.policy)}
+    torch.distributed.destroy_process_group()
+    again = start_run()
+    batch = Sequences(
+        [s.prompt_ids for s in samples],
+        [s.response_ids for s in samples],
+        {"rollout_logprobs_T": [s.rollout_logprobs for s in samples], "mask_T": [np.ones(4)] * 4},
+        {"advantages_T": advantages.numpy()},
+    )
+    batch.per_token["old_logprobs_T"] = ordered_logprobs(again.policy, batch)
+    kwargs = {"cfg": again.cfg.loss_fn, "num_valid_tokens": 8.0, "num_valid_sequences": 2.0}
+    steps = [again.policy.update(batch.take(part), grpo_loss, kwargs) for part in ([0, 1], [2, 3])]
+    assert metrics["num_optimizer_steps"] == 2
+    assert metrics["probs_ratio_max"] == pytest.approx(steps[1]["probs_ratio_max"], rel=1e-5)
+    assert steps[1]["probs_ratio_max"] > 1.01  # the first step did move it
+    close(weights, dict(full_weights(again.policy)), 1e-6)
+
+
+def ordered_logprobs(worker: PolicyWorker, batch: Sequences, reference: bool = False) -> list[np.ndarray]:
     found = PolicyWorker.logprobs(worker, batch, reference)
     return [found[i] for i in range(len(batch))]
 

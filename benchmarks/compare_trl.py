@@ -6,8 +6,8 @@ SmolLM2-135M-Instruct on the rows of recipes/smollm2-arithmetic.yaml: 32 prompts
 step. TRL is set as its documentation advises for speed: colocated vLLM, bfloat16, no activation checkpointing, fused
 AdamW, the largest micro-batch that fits (halved from `--micro-batch` on when memory runs out), no importance-sampling
 pass, since ours has none either. Both make one optimizer step per batch, with the same learning rate, loss denominator
-(all tokens of the batch) and verifier. `--ours`: take our side from the metrics.jsonl of a run of the recipe, such as
-one on the machine's other GPU at the same time; it is read when TRL has finished.
+(all tokens of the batch) and verifier. `--ours`: take our side from the metrics.jsonl of a run with the same settings,
+such as one on the machine's other GPU at the same time; it is read when TRL has finished.
 OUTPUT_FOLDER gets compare_trl.json: `ratio` of the median seconds per step (without the first five), and for each side
 seconds and reward of every step.
 """
@@ -39,8 +39,8 @@ def ours(model: str, data: Path, work: Path, steps: int) -> list[dict[str, float
     command = [
         sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "recipes" / "smollm2-arithmetic.yaml"),
         f"policy.model_name={model}", f"data.train_jsonl_fpath={data}/train.jsonl", "data.validation_jsonl_fpath=null",
-        f"grpo.max_num_steps={steps}", f"policy.optimizer.lr={LR}", "checkpointing.enabled=false",
-        f"logger.log_dir={work}/ours", "policy.scheduler.warmup_steps=0",
+        f"grpo.max_num_steps={steps}", f"policy.optimizer.lr={LR}", f"policy.train_global_batch_size={PROMPTS * GROUP}",
+        "checkpointing.enabled=false", f"logger.log_dir={work}/ours", "policy.scheduler.warmup_steps=0",
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=work, timeout=580)
     return our_steps(work / "ours" / "metrics.jsonl", steps)

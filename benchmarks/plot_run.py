@@ -33,7 +33,7 @@ def main(output: str, *runs: str) -> None:
     for axis in (by_step, by_time):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    by_step.legend(frameon=False)
+    by_time.legend(frameon=False, loc="upper left", fontsize="small", ncols=2)
     figure.tight_layout()
     figure.savefig(output, dpi=120)
 

@@ -112,7 +112,8 @@ def test_loading_fails_at_once_or_names_what_is_late(capsys):
     assert re.fullmatch(r" • loaded: (policy|engines) after \d+ s, (policy|engines) after \d+ s", line)
 
 
-@pytest.mark.parametrize("waiting", ["wait([never], timeout=5)", "get(never, timeout=5)"])
+@pytest.mark.slow
+@pytest.mark.parametrize("waiting", ["wait([never], timeout=2)", "get(never, timeout=2)"])
 def test_a_signal_while_ray_waits_stops_the_run(waiting):
     """Ray's compiled code makes a SystemError of a signal handler's exception, once what it waits for is over."""
     command = [sys.executable, "-c", SIGNAL_IN_RAY.replace("WAIT", waiting)]

@@ -124,6 +124,7 @@ def test_refits_of_several_engines_on_a_gpu_keep_no_memory(pair):
     assert max(peaks[1:]) < peaks[1] + 2 * weights_gib  # an engine may let go of the last ones a little late
 
 
+@pytest.mark.slow
 def test_each_engine_gets_a_handle_of_its_own():
     """The policy makes as many as engines read from it, and no two engines beside one rank take the same."""
 

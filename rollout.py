@@ -47,10 +47,13 @@ class RolloutWorker:
         from vllm import LLM
 
         if device == "cpu":
-            # vLLM repacks linear weights for oneDNN at load and drops the originals, so a refit could not reach them.
+            # vLLM repacks linear weights at load (for oneDNN; in bfloat16 also for kernels of its own) and drops the
+            # originals, so a refit could not reach them.
             import vllm._custom_ops
+            from vllm.model_executor.layers import utils
 
             vllm._custom_ops._supports_onednn = False
+            utils.check_cpu_sgl_kernel = lambda *_: False
         elif cfg.precision != "float32":
             use_float32_logits()
         generation = cfg.generation

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT)]
 from benchmarks.environment import environment  # noqa: E402 - the scripts lie beside this folder
 from benchmarks.step_time import GEOMETRIES, make_model  # noqa: E402
 from config import load_config  # noqa: E402
-from launch import StopRequests, start_ray  # noqa: E402
+from launch import StopRequests, explain, start_ray  # noqa: E402
 from model import Sequences  # noqa: E402
 from policy import Policy  # noqa: E402
 from train_grpo import grpo_loss  # noqa: E402
@@ -95,9 +95,14 @@ def main() -> None:
         model = args.model_folder or Path(folder)
         if not (model / "tokenizer.json").exists():
             make_model(args.geometry, model)
-        found = {
-            name: measure(model, batch, ranks, args.cpu, [*own, *overrides]) for name, (ranks, own) in SETTINGS.items()
-        }
+        found = {}
+        for name, (ranks, own) in SETTINGS.items():
+            try:
+                found[name] = measure(model, batch, ranks, args.cpu, [*own, *overrides])
+            except Exception as e:  # float32 may not fit: the others are still worth having
+                print(f"{name}: not run, {explain(e)}", file=sys.stderr)
+    if "one GPU" not in found:
+        sys.exit("error: the run that the others are compared with failed, see above")
     reference = found["one GPU"]["logprobs"]
     lines = ["| | loss, two steps | gradient norm | log-probabilities after them: mean, largest difference |"]
     lines += ["|---|---|---|---|"]

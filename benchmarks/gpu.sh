@@ -21,7 +21,7 @@ speed() { # GEOMETRY NAME [arguments and overrides...]
 }
 agreement() { # GEOMETRY: one GPU, FSDP 2 and tensor parallel 2 on the same batch
     timeout 280 "$python" benchmarks/agreement.py "$1" --results "$out/agreement-$1.json" \
-        --model-folder "$models/$1" 2>&1 | tail -n 6
+        --model-folder "$models/$1" 2>&1 | tail -n 8
 }
 apart=(policy.generation.colocated.enabled=false policy.generation.colocated.resources.gpus_per_node=1)
 case $part in

@@ -124,43 +124,60 @@ def test_refits_of_several_engines_on_a_gpu_keep_no_memory(pair):
     assert max(peaks[1:]) < peaks[1] + 2 * weights_gib  # an engine may let go of the last ones a little late
 
 
+ONE_TO_ONE = {  # GPUs of five engines; what each takes: (readers of the message, who sent it, which of them); who joins
+    "ipc": ([0, 0, 0, 1, 1], [(3, "rank 0", 0), (3, "rank 0", 1), (3, "rank 0", 2), (2, "rank 1", 0), (2, "rank 1", 1)],
+        [None] * 5),
+    "broadcast": ([2, 2, 2, 3, 3], [None, (2, "engine 0", 0), (2, "engine 0", 1), None, (1, "engine 3", 0)],
+        [(1, 3), None, None, (2, 3), None]),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_each_engine_gets_a_handle_of_its_own():
-    """The policy makes as many as engines read from it, and no two engines beside one rank take the same."""
+@pytest.mark.parametrize("by", ONE_TO_ONE)
+def test_each_engine_gets_a_handle_of_its_own(by):
+    """A message has as many handles as engines read it, and no two take the same; one engine a GPU joins NCCL."""
 
     @ray.remote(num_cpus=0)
-    class Rank:
-        def __init__(self, rank: int):
-            self.rank = rank
+    class Side:
+        """A policy rank or an engine."""
+
+        def __init__(self, name: str):
+            self.name, self.joined = name, None
 
         def weight_layout(self):
             return [[("w", (1,))]]
 
+        def address(self):
+            return "127.0.0.1:1"
+
+        def join_broadcast(self, address, rank, size):
+            self.joined = (rank, size)
+
         def weight_bucket(self, index, by, readers):
-            return [(self.rank, i) for i in range(readers)]
+            return [(self.name, i) for i in range(readers)] if by == "ipc" else None
 
-        def release_weight_bucket(self):
-            pass
-
-    @ray.remote(num_cpus=0)
-    class Engine:
         def expect_weights(self, layout, place):
             self.place = place
 
         def load_weight_bucket(self, index, sent, readers):
-            self.taken = (len(sent), *sent[self.place])
+            self.taken = sent and (len(sent), *sent[self.place])
+            return [(self.name, i) for i in range(readers)]
+
+        def release_weight_bucket(self):
+            pass
 
         def got(self):
-            return self.taken
+            return self.taken, self.joined
 
+    gpus, taken, joined = ONE_TO_ONE[by]
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        engines = [Engine.remote() for _ in range(5)]
-        Link([Rank.remote(0), Rank.remote(1)], engines, gpus=[0, 0, 0, 1, 1], by="ipc", timeout_s=60).refit()
-        taken = ray.get([e.got.remote() for e in engines], timeout=60)
+        engines = [Side.remote(f"engine {i}") for i in range(5)]
+        Link([Side.remote("rank 0"), Side.remote("rank 1")], engines, gpus, by, timeout_s=60).refit()
+        got = ray.get([e.got.remote() for e in engines], timeout=60)
     finally:
         ray.shutdown()
-    assert taken == [(3, 0, 0), (3, 0, 1), (3, 0, 2), (2, 1, 0), (2, 1, 1)]
+    assert got == list(zip(taken, joined, strict=True))
 
 
 @pytest.mark.slow

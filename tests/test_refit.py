@@ -1,5 +1,7 @@
 """The weights that vLLM samples with are the policy's, after every refit: the test that the whole pipeline hangs on."""
 
+import threading
+
 import numpy as np
 import pytest
 import ray
@@ -8,7 +10,7 @@ from conftest import ROOT
 
 from config import load_config
 from hardware import Shape, not_for_kv_cache
-from launch import StopRequests, start_ray
+from launch import StopRequests, explain, start_ray
 from model import Sequences
 from policy import Policy
 from refit import Link
@@ -135,7 +137,8 @@ ONE_TO_ONE = {  # GPUs of five engines; what each takes: (readers of the message
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ONE_TO_ONE)
 def test_each_engine_gets_a_handle_of_its_own(by):
-    """A message has as many handles as engines read it, and no two take the same; one engine a GPU joins NCCL."""
+    """A message has as many handles as engines read it, and no two take the same; one engine a GPU joins NCCL. An
+    engine that does not answer ends the refit after its deadline, with a line that says so."""
 
     @ray.remote(num_cpus=0)
     class Side:
@@ -169,15 +172,24 @@ def test_each_engine_gets_a_handle_of_its_own(by):
         def got(self):
             return self.taken, self.joined
 
+        def hang(self):
+            threading.Event().wait()
+
     gpus, taken, joined = ONE_TO_ONE[by]
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         engines = [Side.remote(f"engine {i}") for i in range(5)]
-        Link([Side.remote("rank 0"), Side.remote("rank 1")], engines, gpus, by, timeout_s=60).refit()
+        link = Link([Side.remote("rank 0"), Side.remote("rank 1")], engines, gpus, by, timeout_s=60)
+        link.refit()
         got = ray.get([e.got.remote() for e in engines], timeout=60)
+        engines[4].hang.remote()
+        link.timeout_s = 1
+        with pytest.raises(ray.exceptions.GetTimeoutError) as late:
+            link.refit()
     finally:
         ray.shutdown()
     assert got == list(zip(taken, joined, strict=True))
+    assert "did not answer within cluster.timeout_s" in explain(late.value)
 
 
 @pytest.mark.slow

@@ -5,8 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results/quickstart}
 mkdir -p "$out"
-make quickstart 2>&1 | grep -v "^WARNING" > "$out/console.txt"   # pip speaks of the local index
+console=$(mktemp)
+make quickstart 2>&1 | grep -v "^WARNING" > "$console"   # pip speaks of the local index
+.venv/bin/python benchmarks/environment.py > results/quickstart/environment.txt # before files of the commit change
+mv "$console" "$out/console.txt"
+mv results/quickstart/environment.txt "$out/environment.txt"
 cp results/quickstart/logs/metrics.jsonl "$out/metrics.jsonl"
 make -s .venv/installed-dev 2>&1 | grep -v "^WARNING" || true   # for the plot
-.venv/bin/python benchmarks/environment.py > "$out/environment.txt"
 .venv/bin/python benchmarks/plot_run.py "$out/reward.png" "quickstart=$out/metrics.jsonl"

@@ -371,6 +371,8 @@ class Policy:
         self.on_gpu = gpu = cfg.device == "cuda"
         keep_reference = cfg.loss_fn.reference_policy_kl_penalty > 0
         self.logprobs_too = keep_reference or cfg.policy.train_global_batch_size < cfg.samples_per_step
+        self._loss_fn: Callable | None = None
+        self._loss_ref: ray.ObjectRef | None = None
         threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
         # This fusion in torch.compile guards on the number of tokens: some micro-batches would compile layers again.
         env = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"} if gpu else {"OMP_NUM_THREADS": threads}
@@ -404,7 +406,9 @@ class Policy:
         self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any], trace: str | None = None
     ) -> dict[str, float]:
         """One optimizer step; metrics as `PolicyWorker.update` gives them, the same on every rank."""
-        return self._all("update", ray.put(batch), loss_fn, loss_kwargs, trace)[0]
+        if loss_fn is not self._loss_fn:  # pickling a function of the main script takes milliseconds: once is enough
+            self._loss_fn, self._loss_ref = loss_fn, ray.put(loss_fn)
+        return self._all("update", ray.put(batch), self._loss_ref, loss_kwargs, trace)[0]
 
     def logprobs(self, batch: Sequences, reference: bool = False) -> list[np.ndarray]:
         """Log-probabilities of every response token, in the order of `batch`, under the present or starting weights."""

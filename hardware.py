@@ -131,18 +131,21 @@ class Limits:
 
     def utilization(self, metrics: dict[str, float]) -> dict[str, float]:
         """`efficiency` = floors / the step without validation and checkpoints; `mfu` = FLOPs of the update / its time
-        at peak; `mbu` = bytes of decoding / the time of generation at full bandwidth."""
+        at peak; `mbu` = bytes of decoding / the time of generation at full bandwidth (of a step that sampled: the last
+        one with `grpo.async_one_step_off` does not)."""
         if not self.peaks or "gen_floor_s" not in metrics:
             return {}
         aside = sum(metrics.get(f"time/{name}_s", 0.0) for name in ("validate", "checkpoint"))
         floor = metrics["gen_floor_s"] + metrics["train_floor_s"]
         flops, bandwidth = self.peaks
-        generate_s = metrics.get("time/background_generate_s", metrics.get("time/generate_s"))
-        return {
+        used = {
             "efficiency": floor / (metrics["time/step_s"] - aside),
             "mfu": metrics["train_flops"] / (metrics["time/train_s"] * flops * self.policy_gpus),
-            "mbu": metrics["decode_bytes"] / (generate_s * bandwidth * self.engine_gpus),
         }
+        generate_s = metrics.get("time/background_generate_s", metrics.get("time/generate_s"))
+        if generate_s:
+            used["mbu"] = metrics["decode_bytes"] / (generate_s * bandwidth * self.engine_gpus)
+        return used
 
 
 # ---------------------------------------------------------------- memory

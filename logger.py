@@ -127,10 +127,8 @@ class Logger:
             f" • {m['tokens_per_s']:,.0f} tokens/s, {m['tokens_per_s_per_gpu']:,.0f} a rank, {left / 60:.1f} min left",
         ]
         if "efficiency" in m:
-            lines[-1:-1] = [
-                f" • efficiency {m['efficiency']:.0%} of the hardware's limit, MFU {m['mfu']:.0%} of the update, "
-                f"MBU {m['mbu']:.0%} of generation"
-            ]
+            used = f" • efficiency {m['efficiency']:.0%} of the hardware's limit, MFU {m['mfu']:.0%} of the update"
+            lines[-1:-1] = [used + (f", MBU {m['mbu']:.0%} of generation" if "mbu" in m else "")]
         print("\n".join(lines), flush=True)
 
     def validation(self, step: int, metrics: dict[str, float], samples: list[Any]) -> None:

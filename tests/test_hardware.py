@@ -20,6 +20,7 @@ from hardware import (
     train_flops,
 )
 from launch import explain
+from logger import Logger
 
 # Qwen3-0.6B, counted by hand: per layer q and o 1024 x 2048, k and v 1024 x 1024, MLP 3 x 1024 x 3072, norms
 LAYER = 2 * 1024 * 2048 + 2 * 1024 * 1024 + 3 * 1024 * 3072 + 2 * 1024 + 2 * 128
@@ -97,6 +98,20 @@ def test_utilization_of_a_step_on_two_gpus(shape):
     assert used["efficiency"] == pytest.approx((found["gen_floor_s"] + found["train_floor_s"]) / 2.0)
     assert used["mfu"] == pytest.approx(found["train_flops"] / (0.5 * 2 * 989e12))
     assert used["mbu"] == pytest.approx(found["decode_bytes"] / (1.0 * 2 * 4.8e12))
+    beside = limits.utilization(found | times | {"time/background_generate_s": 4.0})  # sampling beside the update
+    assert beside["mbu"] == pytest.approx(used["mbu"] / 4)
+    assert limits.utilization(found | times).keys() == {"efficiency", "mfu"}  # the last step of such a run
+
+
+def test_the_block_of_a_step_that_did_not_sample(tmp_path, capsys):
+    """One step off, the last step trains on what was sampled beside the one before: no time of generation, no MBU."""
+    log = Logger(load_config(ROOT / "recipes" / "quickstart.yaml", [f"logger.log_dir={tmp_path}"]), 0, None)
+    log.start_step(1, 1)
+    counts = {"num_unverified": 0, "mean_gen_tokens": 1.0, "truncation_rate": 0.0, "total_tokens": 1}
+    metrics = {"reward": 0.5, "frac_zero_signal_groups": 0.0, **counts}
+    log.end_step(metrics, [], lambda _: {"efficiency": 0.5, "mfu": 0.25})
+    log.close()
+    assert " • efficiency 50% of the hardware's limit, MFU 25% of the update\n" in capsys.readouterr().out
 
 
 def test_nothing_is_claimed_about_a_device_without_peaks(shape):

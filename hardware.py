@@ -105,6 +105,7 @@ class Limits:
         """Where peaks are not known (the CPU) every method gives nothing."""
         self.shape, self.peaks = shape, peaks(device_name)
         self.policy_gpus, self.engine_gpus = cfg.world_size, len(set(cfg.engine_bundles))
+        self.gpus = self.policy_gpus + (0 if cfg.policy.generation.colocated.enabled else self.engine_gpus)
 
     def generation(self, prompt_S: list[int], prompts_S: list[int], responses_S: list[int]) -> dict[str, float]:
         """Least seconds and bytes of sampling these answers. `prompt_S` says which prompt each belongs to (they are
@@ -130,13 +131,14 @@ class Limits:
         return {"train_floor_s": work / (self.peaks[0] * self.policy_gpus), "train_flops": work}
 
     def utilization(self, metrics: dict[str, float]) -> dict[str, float]:
-        """`efficiency` = floors / the step without validation and checkpoints; `mfu` = FLOPs of the update / its time
-        at peak; `mbu` = bytes of decoding / the time of generation at full bandwidth (of a step that sampled: the last
-        one with `grpo.async_one_step_off` does not)."""
+        """`efficiency` = floors / the step without validation and checkpoints, each weighed by its share of the GPUs
+        where policy and engines have their own; `mfu` = FLOPs of the update / its time at peak; `mbu` = bytes of
+        decoding / the time of generation at full bandwidth (of a step that sampled: the last one with
+        `grpo.async_one_step_off` does not)."""
         if not self.peaks or "gen_floor_s" not in metrics:
             return {}
         aside = sum(metrics.get(f"time/{name}_s", 0.0) for name in ("validate", "checkpoint"))
-        floor = metrics["gen_floor_s"] + metrics["train_floor_s"]
+        floor = (metrics["gen_floor_s"] * self.engine_gpus + metrics["train_floor_s"] * self.policy_gpus) / self.gpus
         flops, bandwidth = self.peaks
         used = {
             "efficiency": floor / (metrics["time/step_s"] - aside),

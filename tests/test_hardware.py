@@ -103,6 +103,16 @@ def test_utilization_of_a_step_on_two_gpus(shape):
     assert limits.utilization(found | times).keys() == {"efficiency", "mfu"}  # the last step of such a run
 
 
+def test_efficiency_counts_gpus_that_wait(shape):
+    """Three GPUs, one of them for engines: while either side works, the other's GPUs could have."""
+    apart = ["policy.generation.colocated.enabled=false", "policy.generation.colocated.resources.gpus_per_node=1"]
+    cfg = load_config(ROOT / "config.yaml", ["cluster.num_nodes=1", "cluster.gpus_per_node=3", *apart])
+    floors = {"gen_floor_s": 3.0, "decode_bytes": 4.8e12, "train_floor_s": 1.5, "train_flops": 2 * 989e12}
+    times = {"time/step_s": 10.0, "time/train_s": 4.0, "time/generate_s": 5.0}
+    used = Limits(cfg, shape, "NVIDIA H200").utilization(floors | times)
+    assert used == pytest.approx({"efficiency": (3.0 * 1 + 1.5 * 2) / (10.0 * 3), "mfu": 0.25, "mbu": 0.2})
+
+
 def test_the_block_of_a_step_that_did_not_sample(tmp_path, capsys):
     """One step off, the last step trains on what was sampled beside the one before: no time of generation, no MBU."""
     log = Logger(load_config(ROOT / "recipes" / "quickstart.yaml", [f"logger.log_dir={tmp_path}"]), 0, None)

@@ -4,7 +4,7 @@
 
 Random weights of a geometry of step_time.py and one fixed batch of random answers; two optimizer steps. The yardstick
 is how far bfloat16 is from float32 on one GPU, and one GPU from itself with other micro-batches: rounding alone.
-Prints a Markdown table and writes it with all numbers to FILE.
+Prints a Markdown table after each run and writes it with all numbers to FILE.
 """
 
 import argparse
@@ -83,6 +83,19 @@ def measure(model: Path, batch: Sequences, ranks: int, cpu: bool, overrides: lis
         ray.shutdown()
 
 
+def table(found: dict[str, dict]) -> list[str]:
+    """Markdown lines; differences are from the first of the runs, which get them as keys too."""
+    reference = next(iter(found.values()))["logprobs"]
+    lines = ["| | loss, two steps | gradient norm | log-probabilities after them: mean, largest difference |"]
+    lines += ["|---|---|---|---|"]
+    for name, result in found.items():
+        gap = np.abs(result["logprobs"] - reference)
+        result |= {"logprob_gap_mean": float(gap.mean()), "logprob_gap_max": float(gap.max())}
+        numbers = [" ".join(f"{x:.6f}" for x in result[key]) for key in ("loss", "grad_norm")]
+        lines.append(f"| {name} | {numbers[0]} | {numbers[1]} | {gap.mean():.2e}, {gap.max():.2e} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("geometry", choices=GEOMETRIES)
@@ -101,20 +114,13 @@ def main() -> None:
                 found[name] = measure(model, batch, ranks, args.cpu, [*own, *overrides])
             except Exception as e:  # float32 may not fit: the others are still worth having
                 print(f"{name}: not run, {explain(e)}", file=sys.stderr)
-    if "one GPU" not in found:
-        sys.exit("error: the run that the others are compared with failed, see above")
-    reference = found["one GPU"]["logprobs"]
-    lines = ["| | loss, two steps | gradient norm | log-probabilities after them: mean, largest difference |"]
-    lines += ["|---|---|---|---|"]
-    for name, result in found.items():
-        gap = np.abs(result.pop("logprobs") - reference)
-        result |= {"logprob_gap_mean": float(gap.mean()), "logprob_gap_max": float(gap.max())}
-        numbers = [" ".join(f"{x:.6f}" for x in result[key]) for key in ("loss", "grad_norm")]
-        lines.append(f"| {name} | {numbers[0]} | {numbers[1]} | {gap.mean():.2e}, {gap.max():.2e} |")
-    print("\n".join(lines))
-    if args.results:
-        report = {"model": args.geometry, **environment(), "overrides": overrides, "runs": found}
-        args.results.write_text(json.dumps(report | {"table": lines}, indent=1) + "\n")
+            else:
+                lines = table(found)
+                print("\n".join(lines), flush=True)
+                if args.results:  # after each: what comes later may be stopped by a time limit
+                    runs = {n: {k: v for k, v in r.items() if k != "logprobs"} for n, r in found.items()}
+                    report = {"model": args.geometry, **environment(), "overrides": overrides, "runs": runs}
+                    args.results.write_text(json.dumps(report | {"table": lines}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 It knows nothing about GRPO: `train_grpo.py` passes the loss function in.
 """
 
+import atexit
 import gc
 import math
 import os
@@ -114,6 +115,7 @@ class PolicyWorker:
             self.logprobs(batch)
         gc.collect()
         gc.freeze()  # going through all that torch.compile made took half a second every 70 to 170 updates
+        atexit.register(gc.unfreeze)  # for an orderly end
 
     def _local_weights(self) -> list[torch.Tensor]:
         """This rank's shards of the float32 master weights."""

@@ -4,8 +4,10 @@ Packing, attention that does not cross sequences, an LM head that keeps no logit
 Axis suffixes of names: _S sequence, _N packed token of a micro-batch (prompts and responses), _T response token.
 """
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,8 +202,10 @@ def chunk_gradient(
     return torch.where(at_target, probability - 1, probability).to(dtype)
 
 
-# Fused on a GPU, where the logits' memory traffic would otherwise take longer than their arithmetic.
-fused_logprobs, fused_gradient = (torch.compile(f, dynamic=True) for f in (chunk_logprobs, chunk_gradient))
+@functools.cache
+def fused(function: Callable) -> Callable:
+    """For a GPU, where the logits' memory traffic would otherwise take longer than their arithmetic."""
+    return torch.compile(function, dynamic=True)
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -217,7 +221,7 @@ class TokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, temperature: float
     ) -> torch.Tensor:
         """hidden [T, D], weight [V, D], target [T] to [T]."""
-        function = fused_logprobs if hidden.is_cuda else chunk_logprobs
+        function = fused(chunk_logprobs) if hidden.is_cuda else chunk_logprobs
         parts = zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK), strict=True)
         found = [function(TokenLogprobs.logits(h, weight), t, temperature) for h, t in parts]
         logprobs, sums = (torch.cat(x) for x in zip(*found, strict=True))
@@ -228,7 +232,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         hidden, weight, target, sums = ctx.saved_tensors
-        function = fused_gradient if hidden.is_cuda else chunk_gradient
+        function = fused(chunk_gradient) if hidden.is_cuda else chunk_gradient
         grad = (-grad / ctx.temperature)[:, None]  # [T, 1]
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), HEAD_CHUNK):

@@ -407,8 +407,8 @@ def test_head_against_float64_autograd(monkeypatch, temperature, fused):
     """Values and both gradients over several chunks, the last one short; also with the functions that a GPU fuses."""
     monkeypatch.setattr(model, "HEAD_CHUNK", 5)
     if fused:
-        monkeypatch.setattr(model, "chunk_logprobs", model.fused_logprobs)
-        monkeypatch.setattr(model, "chunk_gradient", model.fused_gradient)
+        monkeypatch.setattr(model, "chunk_logprobs", model.fused(model.chunk_logprobs))
+        monkeypatch.setattr(model, "chunk_gradient", model.fused(model.chunk_gradient))
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(13, 8, generator=generator), torch.randn(50, 8, generator=generator)]
     target, weights = torch.randint(0, 50, (13,), generator=generator), torch.randn(13, generator=generator)

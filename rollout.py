@@ -3,6 +3,7 @@
 The engine runs in the actor's own process: no second process to hand tokens to, and weights are copied in place.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class RolloutWorker:
         `not_for_kv_cache`: bytes of its share of the GPU that others take; without it vLLM measures what is free."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        gc.disable()  # while all that is loaded stays anyway: a second of eight on a CPU
         from vllm import LLM
 
         if device == "cpu":
@@ -85,6 +87,7 @@ class RolloutWorker:
             disable_log_stats=True,
         )
         self.engine = self.llm.llm_engine
+        gc.enable()
 
     def ready(self) -> bool:
         return True

@@ -114,6 +114,7 @@ SETTINGS = {
     "2 ranks": (2, PACKED),
     "2 ranks, resharding": (2, [*PACKED, "policy.dtensor_cfg.reshard_after_forward=true"]),
     "tensor parallel": (2, [*PACKED, "cluster.cpu_ranks_per_node=2", "policy.dtensor_cfg.tensor_parallel_size=2"]),
+    "2 x tensor parallel": (4, [*PACKED, "cluster.cpu_ranks_per_node=4", "policy.dtensor_cfg.tensor_parallel_size=2"]),
 }
 
 

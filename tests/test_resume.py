@@ -412,11 +412,13 @@ def rank_that_continues(rank: int, world_size: int, address: str, cfg, folder: s
 
 
 @pytest.mark.slow
-def test_what_two_ranks_saved_one_continues(quickstart_overrides, tmp_path):
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_what_two_ranks_saved_one_continues(quickstart_overrides, tmp_path, tensor_parallel):
     """The same weights and optimizer state exactly, and the same next step but for rounding."""
-    cfg = config_of(tmp_path, quickstart_overrides, "policy.optimizer.eps=1e-3")
-    spawn(ranks_that_save, 2, cfg, str(tmp_path))
-    spawn(rank_that_continues, 1, cfg, str(tmp_path))
+    same, two = "policy.optimizer.eps=1e-3", "cluster.cpu_ranks_per_node=2"
+    tp = f"policy.dtensor_cfg.tensor_parallel_size={tensor_parallel}"
+    spawn(ranks_that_save, 2, config_of(tmp_path, quickstart_overrides, same, two, tp), str(tmp_path))
+    spawn(rank_that_continues, 1, config_of(tmp_path, quickstart_overrides, same), str(tmp_path))
 
 
 # ---------------------------------------------------------------- what is kept, and when to stop

@@ -6,6 +6,7 @@ Axis suffixes of names: _S sequence, _N packed token of a micro-batch (prompts a
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -222,8 +223,8 @@ class TokenLogprobs(torch.autograd.Function):
     ) -> torch.Tensor:
         """hidden [T, D], weight [V, D], target [T] to [T]."""
         function = fused(chunk_logprobs) if hidden.is_cuda else chunk_logprobs
-        parts = zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK), strict=True)
-        found = [function(TokenLogprobs.logits(h, weight), t, temperature) for h, t in parts]
+        parts = TokenLogprobs.chunks(len(hidden))
+        found = [function(TokenLogprobs.logits(hidden[p], weight), target[p].clone(), temperature) for p in parts]
         logprobs, sums = (torch.cat(x) for x in zip(*found, strict=True))
         ctx.save_for_backward(hidden, weight, target, sums)
         ctx.temperature = temperature
@@ -235,13 +236,20 @@ class TokenLogprobs(torch.autograd.Function):
         function = fused(chunk_gradient) if hidden.is_cuda else chunk_gradient
         grad = (-grad / ctx.temperature)[:, None]  # [T, 1]
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, len(hidden), HEAD_CHUNK):
-            part = slice(start, start + HEAD_CHUNK)
+        for part in TokenLogprobs.chunks(len(hidden)):
             logits = TokenLogprobs.logits(hidden[part], weight)
-            difference = function(logits, target[part], sums[part], ctx.temperature, hidden.dtype)
+            difference = function(logits, target[part].clone(), sums[part].clone(), ctx.temperature, hidden.dtype)
             grad_hidden[part] = (difference @ weight) * grad[part]
             grad_weight += float32_product(difference.t(), (hidden[part] * grad[part]).to(hidden.dtype))
         return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+    @staticmethod
+    def chunks(tokens: int) -> list[slice]:
+        """At most HEAD_CHUNK tokens each and as even as can be. What torch.compile gets of them is copied: of a view it
+        looks at the whole too, and would compile again where there is a second chunk, or one of a single token."""
+        count = max(1, math.ceil(tokens / HEAD_CHUNK))
+        bounds = [tokens * i // count for i in range(count + 1)]
+        return [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
     @staticmethod
     def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

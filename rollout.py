@@ -45,8 +45,10 @@ class RolloutWorker:
         `not_for_kv_cache`: bytes of its share of the GPU that others take; without it vLLM measures what is free."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        gc.disable()  # while all that is loaded stays anyway: a second of eight on a CPU
+        gc.disable()  # what an import makes stays anyway: a second of seven on a CPU
         from vllm import LLM
+
+        gc.enable()
 
         if device == "cpu":
             # vLLM repacks linear weights at load (for oneDNN; in bfloat16 also for kernels of its own) and drops the
@@ -87,7 +89,6 @@ class RolloutWorker:
             disable_log_stats=True,
         )
         self.engine = self.llm.llm_engine
-        gc.enable()
 
     def ready(self) -> bool:
         return True

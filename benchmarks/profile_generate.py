@@ -1,6 +1,7 @@
 """Where the time of sampling goes: seconds, engine steps and Python functions of one engine, without Ray.
 
-    python benchmarks/profile_generate.py MODEL_FOLDER [--answers 32,64,128] [--cpu] [section.key=value ...]
+    python benchmarks/profile_generate.py MODEL_FOLDER [--answers 32,64,128] [--new-tokens 32] [--cpu]
+        [section.key=value ...]
 
 With the keys of recipes/smollm2-arithmetic.yaml. For each number of answers it samples that many, 16 a prompt, to
 prompts of random tokens that share their first 150, and prints the median of five runs: seconds, engine steps (a step

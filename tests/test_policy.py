@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import math
 import socket
 import tempfile
@@ -320,6 +321,7 @@ def test_gradients_are_clipped_together_and_compiling_leaves_nothing_behind(conf
     try:
         params, weights = list(worker.model.parameters()), [full(p).clone() for p in worker.model.parameters()]
         worker.compile(tokens=24, logprobs=True)
+        assert gc.get_freeze_count() > 10_000  # what exists by now is not gone through in later collections
         assert all(p.grad is None and torch.equal(full(p), w) for p, w in zip(params, weights, strict=True))
         torch.manual_seed(0)
         for p in params:
@@ -422,6 +424,18 @@ def test_head_against_float64_autograd(monkeypatch, temperature, fused):
     np.testing.assert_allclose(found.detach(), wanted.detach(), atol=5e-6)
     for a, b in zip(mine, plain, strict=True):
         np.testing.assert_allclose(a.grad, b.grad, atol=5e-6)
+
+
+def test_the_fused_head_compiles_once(monkeypatch):
+    """Whatever the number of tokens and chunks, an only token apart: a step that compiled took two seconds longer."""
+    monkeypatch.setattr(model, "HEAD_CHUNK", 8)
+    monkeypatch.setattr(model, "chunk_logprobs", model.fused(model.chunk_logprobs))
+    monkeypatch.setattr(model, "chunk_gradient", model.fused(model.chunk_gradient))
+    torch.compiler.reset()
+    for tokens in (5, 7, 8, 9, 13, 16, 17, 40):
+        hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(30, 4, requires_grad=True)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            model.TokenLogprobs.apply(hidden, weight, torch.randint(0, 30, (tokens,)), 1.0).sum().backward()
 
 
 def test_gradient_of_a_near_certain_token_survives_bfloat16():

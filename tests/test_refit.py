@@ -111,6 +111,11 @@ def test_engine_agrees_with_policy_after_refit(pair, gpus, setting, untied_model
         engines.refit()
     assert stale > 0.05  # the update did move the weights, so agreement is the refit's work
 
+    def another(logprobs_T: torch.Tensor, **_) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return logprobs_T.sum() * 0, {"loss": logprobs_T.new_tensor(7.0)}
+
+    assert policy.update(batch, another, {})["loss"] == 7  # not the loss that was sent before
+
 
 @pytest.mark.gpu
 def test_refits_of_several_engines_on_a_gpu_keep_no_memory(pair):

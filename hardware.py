@@ -62,15 +62,21 @@ class Shape:
         )
 
 
-def train_flops(shape: Shape, prompts_S: np.ndarray, responses_S: np.ndarray) -> float:
-    """FLOPs of forward and backward over sequences of these lengths; recomputation is not counted.
+def train_flops(shape: Shape, prompt_S: np.ndarray, prompts_S: np.ndarray, responses_S: np.ndarray) -> float:
+    """FLOPs of forward and backward over sequences of these lengths, the answers to one prompt (equal in `prompt_S`)
+    sharing it; recomputation is not counted.
 
-    Forward: 2 per weight and token, the LM head on response tokens only; causal attention 2 x attention width x
-    length^2 a layer (scores and values, 2 each, half of them masked). Backward: twice that.
+    Forward: 2 per weight and token, the LM head on response tokens only; attention 4 x attention width a layer for each
+    pair of tokens of which one sees the other (scores and values, 2 each), half of n^2 pairs in n tokens. Backward:
+    twice that.
     """
-    tokens_S = (prompts_S + responses_S).astype(np.float64)
-    linear = 2 * shape.layer_weights * tokens_S.sum() + 2 * shape.head_weights * float(responses_S.sum())
-    return 3 * (linear + 2 * shape.layers * shape.attention * (tokens_S**2).sum())
+    _, first = np.unique(prompt_S, return_index=True)
+    prompts_P, prompts_S, responses_S = (x.astype(np.float64) for x in (prompts_S[first], prompts_S, responses_S))
+    pairs = (prompts_P**2).sum() / 2 + (responses_S * prompts_S + responses_S**2 / 2).sum()
+    linear = (
+        2 * shape.layer_weights * (prompts_P.sum() + responses_S.sum()) + 2 * shape.head_weights * responses_S.sum()
+    )
+    return float(3 * (linear + 4 * shape.layers * shape.attention * pairs))
 
 
 def decode_cost(
@@ -123,11 +129,11 @@ class Limits:
             moved += decode_bytes
         return {"gen_floor_s": max(seconds), "decode_bytes": moved}
 
-    def training(self, prompts_S: list[int], responses_S: list[int]) -> dict[str, float]:
-        """Least seconds and FLOPs of an update on sequences of these lengths."""
+    def training(self, prompt_S: list[int], prompts_S: list[int], responses_S: list[int]) -> dict[str, float]:
+        """Least seconds and FLOPs of an update on these sequences; arguments as of `generation`."""
         if not self.peaks:
             return {}
-        work = train_flops(self.shape, np.array(prompts_S), np.array(responses_S))
+        work = train_flops(self.shape, *(np.array(x, dtype=np.int64) for x in (prompt_S, prompts_S, responses_S)))
         return {"train_floor_s": work / (self.peaks[0] * self.policy_gpus), "train_flops": work}
 
     def utilization(self, metrics: dict[str, float]) -> dict[str, float]:

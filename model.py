@@ -1,11 +1,11 @@
 """The trained model as one rank sees it: packed sequences in, log-probabilities of the response tokens out.
 
-Packing, attention that does not cross sequences, an LM head that keeps no logits, sharding (FSDP2, tensor parallel).
-Axis suffixes of names: _S sequence, _N packed token of a micro-batch (prompts and responses), _T response token.
+Packing, where the answers to a prompt share it; attention that does not cross sequences; an LM head that keeps no
+logits; sharding (FSDP2, tensor parallel). Axis suffixes of names: _S sequence, _U prompt of a micro-batch, _N packed
+token of a micro-batch (prompts and responses), _T response token.
 """
 
 import functools
-import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -19,14 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from config import PolicyCfg
 
 GROUP_WEIGHTS = 1 << 27  # of decoder layers that FSDP gathers and reduces together, at most
-# torch 2.11's kernels take fewer key-value heads than query heads as they are; later versions want to be told.
-GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 HEAD_CHUNK = 4096  # response tokens per slice of the LM head: bounds the float32 logits [HEAD_CHUNK, vocabulary]
 
 
@@ -57,16 +54,28 @@ class Sequences:
             {name: values[indices] for name, values in self.per_sequence.items()},
         )
 
-    @property
-    def lengths(self) -> list[int]:
-        return [len(p) + len(r) for p, r in zip(self.prompt_ids, self.response_ids, strict=True)]
+    def by_prompt(self, limit: int) -> tuple[list[list[int]], list[int]]:
+        """Indices of sequences with the same prompt, together in parts of at most `limit` tokens (or one sequence), and
+        the tokens of each part. A part needs its prompt only once."""
+        parts: list[list[int]] = []
+        tokens: list[int] = []
+        newest: dict[bytes, int] = {}  # part of each prompt
+        for i, (prompt, response) in enumerate(zip(self.prompt_ids, self.response_ids, strict=True)):
+            part = newest.get(prompt.tobytes())
+            if part is None or tokens[part] + len(response) > limit:
+                part = newest[prompt.tobytes()] = len(parts)
+                parts.append([])
+                tokens.append(len(prompt))
+            parts[part].append(i)
+            tokens[part] += len(response)
+        return parts, tokens
 
 
 def pack(lengths: list[int], budget: int, ranks: int) -> list[list[list[int]]]:
-    """Sequence indices as [rank][micro-batch][...]: at most `budget` tokens each, as many on each rank, balanced.
+    """Indices of parts as [rank][micro-batch][...]: at most `budget` tokens each, as many on each rank, balanced.
 
-    Longest first into the emptiest micro-batch; when one overflows, every rank gets one more. A sequence longer than
-    the budget has a micro-batch to itself. With fewer sequences than micro-batches some are empty.
+    Longest first into the emptiest micro-batch; when one overflows, every rank gets one more. A part longer than the
+    budget has a micro-batch to itself. With fewer parts than micro-batches some are empty.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     per_rank = max(1, math.ceil(sum(min(n, budget) for n in lengths) / (budget * ranks)))
@@ -86,12 +95,22 @@ def pack(lengths: list[int], budget: int, ranks: int) -> list[list[list[int]]]:
 
 @dataclass
 class MicroBatch:
-    """One packed micro-batch on the device. `predict_T` points at the position whose output predicts each token."""
+    """One packed micro-batch on the device: first the prompts, each once, then the responses, prompt by prompt.
+
+    `predict_T` points at the position whose output predicts each token. `attention` is what `packed_attention` needs
+    to know of where things lie:
+    - cu_seqlens: int32 [prompts + sequences + 1], where each prompt, then each response starts
+    - cu_prompts, cu_answers: int32 [prompts + 1], the same of the prompts, and of all responses to each prompt, counted
+      from the first response
+    - prompt_tokens: of all prompts; max_seqlen: of the longest prompt or response; max_answers: the most that the
+      responses to one prompt have together
+    - whole_SL [sequences, longest]: where the tokens of each whole sequence lie; row_N, column_N: the reverse, for a
+      prompt in the first of its sequences
+    """
 
     input_ids_N: torch.Tensor
     position_ids_N: torch.Tensor
-    cu_seqlens: torch.Tensor  # int32 [sequences + 1]: where each sequence starts
-    max_seqlen: int
+    attention: dict[str, Any]
     predict_T: torch.Tensor
     target_T: torch.Tensor
     sequence_T: torch.Tensor
@@ -99,7 +118,8 @@ class MicroBatch:
 
     @classmethod
     def build(cls, batch: Sequences, device: torch.device) -> "MicroBatch":
-        """Pack `batch`; an empty one becomes a single masked token, so that every rank runs the same collectives."""
+        """Pack `batch`; neighbours with the same prompt share it. An empty one becomes a single masked token, so that
+        every rank runs the same collectives."""
         if not len(batch):
             zero = np.zeros(1, dtype=np.int64)
             batch = Sequences(
@@ -108,34 +128,64 @@ class MicroBatch:
                 {k: [np.zeros(1)] for k in batch.per_token},
                 {k: np.zeros(1) for k in batch.per_sequence},
             )
-        lengths = np.array(batch.lengths)
-        prompts = np.array([len(p) for p in batch.prompt_ids])
-        responses = lengths - prompts
-        starts = np.concatenate([[0], lengths.cumsum()])
-        ids = np.concatenate([x for pair in zip(batch.prompt_ids, batch.response_ids, strict=True) for x in pair])
-        positions = np.arange(len(ids)) - np.repeat(starts[:-1], lengths)
-        sequence = np.repeat(np.arange(len(batch)), responses)
-        within = np.arange(responses.sum()) - np.repeat(np.concatenate([[0], responses.cumsum()[:-1]]), responses)
-        target_at = (starts[:-1] + prompts)[sequence] + within
+        count = len(batch)
+        new_S = [i == 0 or not np.array_equal(p, batch.prompt_ids[i - 1]) for i, p in enumerate(batch.prompt_ids)]
+        unit_S = np.cumsum(new_S) - 1
+        prompts = [p for p, new in zip(batch.prompt_ids, new_S, strict=True) if new]
+        prompt_U, response_S = np.array([len(p) for p in prompts]), np.array([len(r) for r in batch.response_ids])
+        starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_U, response_S]))])
+        prompt_at_U, response_at_S, prompt_tokens = starts[: len(prompts)], starts[len(prompts) : -1], prompt_U.sum()
+        answers_U = np.bincount(unit_S, weights=response_S).astype(np.int64)
+
+        ids = np.concatenate([*prompts, *batch.response_ids])
+        sequence_T = np.repeat(np.arange(count), response_S)
+        within_T = prompt_tokens + np.arange(len(sequence_T)) - response_at_S[sequence_T]
+        prompt_S = prompt_U[unit_S]
+        within_N = np.arange(prompt_tokens) - np.repeat(prompt_at_U, prompt_U)
+        positions = np.concatenate([within_N, prompt_S[sequence_T] + within_T])
+        before_T = np.arange(prompt_tokens, len(ids)) - 1
+        last_of_prompt_T = (prompt_at_U + prompt_U)[unit_S][sequence_T] - 1
         extras = {name: np.concatenate(values) for name, values in batch.per_token.items()}
-        extras |= {name: values[sequence] for name, values in batch.per_sequence.items()}
+        extras |= {name: values[sequence_T] for name, values in batch.per_sequence.items()}
+
+        column_L = np.arange((prompt_S + response_S).max())[None]
+        in_prompt_SL = column_L < prompt_S[:, None]
+        whole_SL = np.where(in_prompt_SL, prompt_at_U[unit_S][:, None], (response_at_S - prompt_S)[:, None]) + column_L
+        whole_SL[column_L >= (prompt_S + response_S)[:, None]] = 0
+        row_N = np.concatenate([np.repeat(np.flatnonzero(new_S), prompt_U), sequence_T])
 
         def to(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
             return torch.as_tensor(x, dtype=dtype).to(device, non_blocking=True)
 
+        position_ids_N = to(positions, torch.int64)
         return cls(
             input_ids_N=to(ids, torch.int64),
-            position_ids_N=to(positions, torch.int64),
-            cu_seqlens=to(starts, torch.int32),
-            max_seqlen=int(lengths.max()),
-            predict_T=to(target_at - 1, torch.int64),
-            target_T=to(ids[target_at], torch.int64),
-            sequence_T=to(sequence, torch.int64),
+            position_ids_N=position_ids_N,
+            attention={
+                "cu_seqlens": to(starts, torch.int32),
+                "cu_prompts": to(starts[: len(prompts) + 1], torch.int32),
+                "cu_answers": to(np.concatenate([[0], answers_U.cumsum()]), torch.int32),
+                "prompt_tokens": int(prompt_tokens),
+                "max_seqlen": int(max(prompt_U.max(), response_S.max())),
+                "max_answers": int(answers_U.max()),
+                "whole_SL": to(whole_SL, torch.int64),
+                "row_N": to(row_N, torch.int64),
+                "column_N": position_ids_N,
+            },
+            predict_T=to(np.where(within_T == 0, last_of_prompt_T, before_T), torch.int64),
+            target_T=to(ids[prompt_tokens:], torch.int64),
+            sequence_T=to(sequence_T, torch.int64),
             extras_T={name: to(values, torch.float32) for name, values in extras.items()},
         )
 
 
 # ---------------------------------------------------------------- model
+
+
+@functools.cache
+def fused(function: Callable) -> Callable:
+    """For a GPU, where element by element memory traffic would take longer than arithmetic."""
+    return torch.compile(function, dynamic=True)
 
 
 def packed_attention(
@@ -146,14 +196,21 @@ def packed_attention(
     attention_mask: None,
     scaling: float,
     cu_seqlens: torch.Tensor,
+    cu_prompts: torch.Tensor,
+    cu_answers: torch.Tensor,
+    prompt_tokens: int,
     max_seqlen: int,
+    max_answers: int,
+    whole_SL: torch.Tensor,
+    row_N: torch.Tensor,
+    column_N: torch.Tensor,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention that does not cross sequences. query [1, heads, N, head_dim] to output [1, N, heads, head_dim].
 
-    16-bit types on a GPU run torch's variable-length flash attention. Otherwise sequences are padded on the right into
-    a [S, heads, max_seqlen, head_dim] batch, where a causal mask never lets a real token see padding: the same values.
+    16-bit types on a GPU run flash attention (`shared_attention`). Otherwise whole sequences are padded on the
+    right into a [S, heads, longest, head_dim] batch, where a causal mask never lets a real token see padding.
     """
     if sliding_window is not None:
         raise NotImplementedError(
@@ -162,23 +219,128 @@ def packed_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
     if query.is_cuda and query.dtype != torch.float32:
         query, key, value = (x.contiguous() for x in (query, key, value))
-        out = varlen_attn(
-            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=(-1, 0),
-            **GROUPED_HEADS,
-        )  # fmt: skip
-        return out[None], None
-    lengths = cu_seqlens.diff()
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
-    column = torch.arange(len(query), device=query.device) - cu_seqlens[row]
-
-    def pad(x: torch.Tensor) -> torch.Tensor:
-        padded = x.new_zeros(len(lengths), max_seqlen, *x.shape[1:])
-        return padded.index_put((row, column), x).transpose(1, 2)  # [S, heads, max_seqlen, head_dim]
-
+        places = (cu_seqlens, cu_prompts, cu_answers, prompt_tokens, max_seqlen, max_answers)
+        return shared_attention(query, key, value, *places, scaling)[0][None], None
     out = F.scaled_dot_product_attention(
-        pad(query), pad(key), pad(value), is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        *(x[whole_SL].transpose(1, 2) for x in (query, key, value)),
+        is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2)[row_N, column_N][None], None
+
+
+def combine_parts(
+    out: torch.Tensor, sums: torch.Tensor, more: torch.Tensor, more_sums: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two attention outputs [T, heads, head_dim] with their log-sum-exps [heads, T] over different keys as one."""
+    both = torch.logaddexp(sums, more_sums)
+    share = (sums - both).exp().t()[..., None]
+    return torch.lerp(more.float(), out.float(), share).to(out.dtype), both
+
+
+@torch.library.custom_op("grpo::shared_attention", mutates_args=())
+def shared_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_prompts: torch.Tensor,
+    cu_answers: torch.Tensor,
+    prompt_tokens: int,
+    max_seqlen: int,
+    max_answers: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a `MicroBatch`, [N, heads, head_dim], and its log-sum-exp [heads, N].
+
+    Every prompt and every response attends to itself, causally; then all responses to a prompt attend to it. The two
+    parts of a response's softmax are put together by their log-sum-exp.
+    """
+    out, sums = flash_forward(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True, scale)
+    n = prompt_tokens
+    more, more_sums = flash_forward(
+        query[n:], key[:n], value[:n], cu_answers, cu_prompts, max_answers, max_seqlen, False, scale
     )
-    return out.transpose(1, 2)[row, column][None], None
+    combine = fused(combine_parts) if query.is_cuda else combine_parts
+    out[n:], sums[:, n:] = combine(out[n:], sums[:, n:], more, more_sums)
+    return out, sums
+
+
+@shared_attention.register_fake
+def _(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("grpo::shared_attention_backward", mutates_args=())
+def shared_attention_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_prompts: torch.Tensor,
+    cu_answers: torch.Tensor,
+    prompt_tokens: int,
+    max_seqlen: int,
+    max_answers: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value. With the whole softmax's sums and output each part's kernel gives its share:
+    it recomputes a probability as exp(score - sum), and needs the output only for grad . out."""
+    grad, n = grad.contiguous(), prompt_tokens
+    grads = flash_backward(
+        grad, query, key, value, out, sums, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True, scale
+    )
+    more = flash_backward(
+        grad[n:], query[n:], key[:n], value[:n], out[n:], sums[:, n:].contiguous(),
+        cu_answers, cu_prompts, max_answers, max_seqlen, False, scale,
+    )  # fmt: skip
+    for whole, part, where in zip(grads, more, (slice(n, None), slice(n), slice(n)), strict=True):
+        whole[where] += part
+    return grads
+
+
+@shared_attention_backward.register_fake
+def _(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save_attention(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
+    ctx.numbers = inputs[6:]
+
+
+def _attention_gradient(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple:
+    return *shared_attention_backward(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * 7
+
+
+shared_attention.register_autograd(_attention_gradient, setup_context=_save_attention)
+
+
+def flash_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_query: torch.Tensor, cu_key: torch.Tensor,
+    max_query: int, max_key: int, causal: bool, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Output [N, heads, head_dim] and log-sum-exp [heads, N] of packed sequences; key-value heads may be fewer."""
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, cu_query, cu_key, max_query, max_key, 0.0, causal, False, scale=scale
+    )[:2]
+
+
+def flash_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
+    sums: torch.Tensor, cu_query: torch.Tensor, cu_key: torch.Tensor, max_query: int, max_key: int, causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Its gradients of query, key and value."""
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad, query, key, value, out, sums, cu_query, cu_key, max_query, max_key, 0.0, causal,
+        no_dropout, torch.empty(0, device=query.device), scale=scale,
+    )  # fmt: skip
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -201,12 +363,6 @@ def chunk_gradient(
     probability = (logits / temperature - sums[:, None]).exp()
     at_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
     return torch.where(at_target, probability - 1, probability).to(dtype)
-
-
-@functools.cache
-def fused(function: Callable) -> Callable:
-    """For a GPU, where the logits' memory traffic would otherwise take longer than their arithmetic."""
-    return torch.compile(function, dynamic=True)
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -279,8 +435,7 @@ class LogprobModel(nn.Module):
             input_ids=mb.input_ids_N[None],
             position_ids=mb.position_ids_N[None],
             use_cache=False,
-            cu_seqlens=mb.cu_seqlens,
-            max_seqlen=mb.max_seqlen,
+            **mb.attention,
         ).last_hidden_state[0]  # [N, hidden]
         hidden = hidden[mb.predict_T]  # [T, hidden]: the LM head runs on response tokens only
         return TokenLogprobs.apply(hidden, self.lm.lm_head.weight, mb.target_T, temperature)

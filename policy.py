@@ -100,9 +100,9 @@ class PolicyWorker:
         torch.compile splits sums over tokens (the gradients of the norms) into as many parts as suit the number it
         sees first, so that is `tokens`. `logprobs`: also for the pass without gradient.
         """
-        ids = np.zeros(tokens // 4, dtype=np.int64)
-        ids = [ids, ids[1:]]  # two lengths, so that neither is taken for a constant
-        batch = Sequences(ids, ids, {}, {})
+        ids = np.zeros(tokens // 6, dtype=np.int64)
+        # No two sizes of this are the same or one, so that none is taken for another or for a constant.
+        batch = Sequences([ids, ids, ids, ids[1:]], [ids[2:], ids[3:], ids[4:], ids[5:]], {}, {})
 
         def loss_fn(logprobs_T: torch.Tensor, sequence_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return logprobs_T.mean(), {"loss": logprobs_T.mean()}
@@ -125,7 +125,8 @@ class PolicyWorker:
         """This rank's share of `batch`, each with the indices of its sequences."""
         packing = self.cfg.sequence_packing
         budget = packing.train_mb_tokens if packing.enabled else 1  # 1: every sequence is alone
-        mine = pack(batch.lengths, budget, self.dp_size)[self.dp_rank]
+        parts, lengths = batch.by_prompt(budget // 4)  # small enough to fill micro-batches evenly
+        mine = [[i for part in mb for i in parts[part]] for mb in pack(lengths, budget, self.dp_size)[self.dp_rank]]
         return [(indices, MicroBatch.build(batch.take(indices), self.device)) for indices in mine]
 
     def update(

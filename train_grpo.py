@@ -347,7 +347,7 @@ def update(run: "Run", samples: list[Sample], advantages_S: torch.Tensor) -> dic
             stop_if_not_finite(run, result, samples)
             results.append(result | {"trained_tokens": result["trained_token_fraction"] * counts["num_valid_tokens"]})
     nonfinite = int(sum((~np.isfinite(s.rollout_logprobs)).sum() for s in samples))
-    cost = run.limits.training(*lengths([samples[i] for i in active]))
+    cost = run.limits.training([samples[i].prompt for i in active], *lengths([samples[i] for i in active]))
     return combine_steps(results) | cost | {"num_nonfinite_logprobs": nonfinite, "num_optimizer_steps": len(results)}
 
 

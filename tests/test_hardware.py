@@ -44,14 +44,18 @@ def test_shape_of_a_published_model(shape):
 
 
 def test_train_flops_token_by_token(shape):
-    prompts, responses = [5, 3], [2, 7]
-    forward = 0
-    for p, r in zip(prompts, responses, strict=True):
-        forward += (p + r) * 2 * 28 * LAYER + r * 2 * HEAD
+    """The first two answers share their prompt."""
+    which, prompts, responses = [7, 7, 3], [5, 5, 3], [2, 4, 7]
+    forward, seen = 0, set()
+    for group, p, r in zip(which, prompts, responses, strict=True):
+        own = range(p if group in seen else 0, p + r)
+        seen.add(group)
+        forward += len(own) * 2 * 28 * LAYER + r * 2 * HEAD
         # token i attends to i + 1 positions, 2 FLOPs for each of scores and values; the formula's n^2 / 2 leaves out
         # the diagonal's half
-        forward += sum(28 * 4 * 2048 * (i + 0.5) for i in range(p + r))
-    assert train_flops(shape, np.array(prompts), np.array(responses)) == pytest.approx(3 * forward, rel=1e-12)
+        forward += sum(28 * 4 * 2048 * (i + 0.5) for i in own)
+    arrays = (np.array(x) for x in (which, prompts, responses))
+    assert train_flops(shape, *arrays) == pytest.approx(3 * forward, rel=1e-12)
 
 
 @pytest.mark.parametrize("flops", [1e12, 1e16])  # bound by arithmetic, bound by memory
@@ -91,7 +95,7 @@ def test_utilization_of_a_step_on_two_gpus(shape):
     prefill = [prefill_flops(shape, np.array([p])) / 989e12 for p in (10, 20)]  # once per prompt, not per answer
     assert found["gen_floor_s"] == max(each[0][0] + prefill[0], each[1][0] + prefill[1])
     assert found["decode_bytes"] == each[0][1] + each[1][1]
-    found |= limits.training([10, 20], [30, 40])
+    found |= limits.training([0, 1], [10, 20], [30, 40])
     assert found["train_floor_s"] == found["train_flops"] / (2 * 989e12)
     times = {"time/step_s": 5.0, "time/validate_s": 2.0, "time/checkpoint_s": 1.0, "time/train_s": 0.5}
     used = limits.utilization(found | times | {"time/generate_s": 1.0})
@@ -126,7 +130,7 @@ def test_the_block_of_a_step_that_did_not_sample(tmp_path, capsys):
 
 def test_nothing_is_claimed_about_a_device_without_peaks(shape):
     limits = Limits(load_config(ROOT / "recipes" / "quickstart.yaml"), shape, "cpu")
-    assert limits.generation([0], [1], [2]) == limits.training([1], [2]) == limits.utilization({}) == {}
+    assert limits.generation([0], [1], [2]) == limits.training([0], [1], [2]) == limits.utilization({}) == {}
 
 
 def test_memory_estimate_by_hand(shape):

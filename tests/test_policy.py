@@ -1,6 +1,5 @@
 """The update on real ranks: packed equals plain, two ranks equal one (FSDP2, tensor parallel), only answers train."""
 
-import dataclasses
 import functools
 import gc
 import math
@@ -14,6 +13,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import model
 from config import load_config
@@ -26,8 +27,10 @@ pytestmark = pytest.mark.slow
 
 
 def random_batch(count: int, seed: int = 0) -> Sequences:
+    """Random answers, up to three to a prompt."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(3, 200, rng.integers(1, 9)) for _ in range(count)]
+    prompts = [prompts[i // 3] for i in range(count)]
     responses = [rng.integers(3, 200, rng.integers(1, 12)) for _ in range(count)]
     return Sequences(
         prompt_ids=prompts,
@@ -186,7 +189,7 @@ class Run:
         self.cfg, self.policy = cfg, PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
         self.policy.setup(free_address())
         self.log = SimpleNamespace(trace_file=lambda part: None)
-        self.limits = SimpleNamespace(training=lambda prompts, responses: {})
+        self.limits = SimpleNamespace(training=lambda prompt, prompts, responses: {})
 
 
 @pytest.fixture
@@ -446,21 +449,118 @@ def test_gradient_of_a_near_certain_token_survives_bfloat16():
 
 
 def test_micro_batch_by_hand():
-    """Prompt tokens and the last answer token predict nothing; every answer token, EOS too, is predicted once."""
+    """Two answers to [5, 6] share it. Prompt tokens before the last and last answer tokens predict nothing; every
+    answer token, EOS too, is predicted once, the first ones from the end of their prompt."""
     batch = Sequences(
-        prompt_ids=[np.array([5, 6]), np.array([7])],
-        response_ids=[np.array([8, 2]), np.array([9, 9, 2])],
-        per_token={"mask_T": [np.array([1, 0]), np.array([1, 1, 1])]},
-        per_sequence={"advantages_T": np.array([0.5, -2.0])},
+        prompt_ids=[np.array([5, 6]), np.array([5, 6]), np.array([7])],
+        response_ids=[np.array([8, 2]), np.array([4]), np.array([9, 9, 2])],
+        per_token={"mask_T": [np.array([1, 0]), np.array([1]), np.array([1, 1, 1])]},
+        per_sequence={"advantages_T": np.array([0.5, 1.5, -2.0])},
     )
     mb = MicroBatch.build(batch, torch.device("cpu"))
-    got = {f.name: getattr(mb, f.name) for f in dataclasses.fields(mb)}
-    assert got["input_ids_N"].tolist() == [5, 6, 8, 2, 7, 9, 9, 2]
-    assert got["position_ids_N"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert got["cu_seqlens"].tolist() == [0, 4, 8]
-    assert got["max_seqlen"] == 4
-    assert got["predict_T"].tolist() == [1, 2, 4, 5, 6]
-    assert got["target_T"].tolist() == [8, 2, 9, 9, 2]
-    assert got["sequence_T"].tolist() == [0, 0, 1, 1, 1]
-    assert got["extras_T"]["mask_T"].tolist() == [1, 0, 1, 1, 1]
-    assert got["extras_T"]["advantages_T"].tolist() == [0.5, 0.5, -2.0, -2.0, -2.0]
+    assert mb.input_ids_N.tolist() == [5, 6, 7, 8, 2, 4, 9, 9, 2]
+    assert mb.position_ids_N.tolist() == [0, 1, 0, 2, 3, 2, 1, 2, 3]
+    assert mb.predict_T.tolist() == [1, 3, 1, 2, 6, 7]
+    assert mb.target_T.tolist() == [8, 2, 4, 9, 9, 2]
+    assert mb.sequence_T.tolist() == [0, 0, 1, 2, 2, 2]
+    assert mb.extras_T["mask_T"].tolist() == [1, 0, 1, 1, 1, 1]
+    assert mb.extras_T["advantages_T"].tolist() == [0.5, 0.5, 1.5, -2.0, -2.0, -2.0]
+    places = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in mb.attention.items()}
+    assert places == {
+        "cu_seqlens": [0, 2, 3, 5, 6, 9],
+        "cu_prompts": [0, 2, 3],
+        "cu_answers": [0, 3, 6],
+        "prompt_tokens": 3,
+        "max_seqlen": 3,
+        "max_answers": 3,
+        "whole_SL": [[0, 1, 3, 4], [0, 1, 5, 0], [2, 6, 7, 8]],
+        "row_N": [0, 0, 2, 0, 0, 1, 2, 2, 2],
+        "column_N": [0, 1, 0, 2, 3, 2, 1, 2, 3],
+    }
+
+
+def dense_flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
+    """What the kernel computes, in float64, with its checks of the bounds."""
+    assert max_q >= cu_q.diff().max() and max_k >= cu_k.diff().max()
+    outs, sums = [], []
+    parts = (x.double().split(cu.diff().tolist()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k)))
+    for q_, k_, v_ in zip(*parts, strict=True):
+        k_, v_ = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k_, v_))
+        scores = torch.einsum("qhd,khd->hqk", q_, k_) * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(outs).to(q.dtype), torch.cat(sums, 1).float()
+
+
+def dense_flash_backward(grad, q, k, v, out, sums, cu_q, cu_k, max_q, max_k, causal, scale):
+    """The kernel's gradient: probabilities from the sums that it is given, and grad . out for their normalisation."""
+    found = [torch.zeros_like(x) for x in (q, k, v)]
+    heads = q.shape[1] // k.shape[1]
+    bounds = zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), cu_k[:-1].tolist(), cu_k[1:].tolist(), strict=True)
+    for q0, q1, k0, k1 in bounds:
+        qs, ks = slice(q0, q1), slice(k0, k1)
+        k_, v_ = (x[ks].double().repeat_interleave(heads, 1) for x in (k, v))
+        q_, g_ = q[qs].double(), grad[qs].double()
+        p = (torch.einsum("qhd,khd->hqk", q_, k_) * scale - sums[:, qs, None].double()).exp()
+        if causal:
+            p = p.tril()
+        d = torch.einsum("qhd,khd->hqk", g_, v_) - (g_ * out[qs].double()).sum(-1).t()[..., None]
+        dscores = p * d * scale
+        found[0][qs] += torch.einsum("hqk,khd->qhd", dscores, k_).to(q.dtype)
+        for into, value in ((1, torch.einsum("hqk,qhd->khd", dscores, q_)), (2, torch.einsum("hqk,qhd->khd", p, g_))):
+            found[into][ks] += value.unflatten(1, (-1, heads)).sum(2).to(q.dtype)
+    return tuple(found)
+
+
+def test_attention_to_a_shared_prompt(monkeypatch):
+    """Both kernel calls and what is made of them (the kernel itself replaced by its definition), values and gradients,
+    grouped heads included, against padded attention over whole sequences."""
+    monkeypatch.setattr(model, "flash_forward", dense_flash_forward)
+    monkeypatch.setattr(model, "flash_backward", dense_flash_backward)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 9, n) for n in (7, 1, 12)]
+    which = [0, 0, 0, 1, 2, 2]
+    answers = [rng.integers(0, 9, n) for n in (3, 9, 1, 4, 2, 6)]
+    mb = MicroBatch.build(Sequences([prompts[i] for i in which], answers, {}, {}), torch.device("cpu"))
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, h, len(mb.input_ids_N), 8) for h in (6, 2, 2)]
+    weights = torch.randn(1, len(mb.input_ids_N), 6, 8)
+    results = []
+    for padded in (True, False):
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        if padded:
+            out, _ = model.packed_attention(torch.nn.Module(), q, k, v, None, 0.3, **mb.attention)
+        else:
+            names = ("cu_seqlens", "cu_prompts", "cu_answers", "prompt_tokens", "max_seqlen", "max_answers")
+            packed = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+            out = model.shared_attention(*packed, *(mb.attention[name] for name in names), 0.3)[0][None]
+        (out * weights).sum().backward()
+        results.append([out.detach(), q.grad, k.grad, v.grad])
+    for got, want in zip(results[1], results[0], strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_fake_attention_matches_the_real_one(monkeypatch):
+    """Shapes and types that torch.compile is told."""
+    monkeypatch.setattr(model, "flash_forward", dense_flash_forward)
+    monkeypatch.setattr(model, "flash_backward", dense_flash_backward)
+    mb = MicroBatch.build(Sequences([np.arange(3)] * 2, [np.arange(2), np.arange(4)], {}, {}), torch.device("cpu"))
+    q, k, v = (torch.randn(9, h, 8, requires_grad=True) for h in (4, 2, 2))
+    names = ("cu_seqlens", "cu_prompts", "cu_answers", "prompt_tokens", "max_seqlen", "max_answers")
+    torch.library.opcheck(model.shared_attention, (q, k, v, *(mb.attention[name] for name in names), 0.3))
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=30), st.integers(0, 40))
+def test_sequences_by_prompt(drawn, limit):
+    """Every sequence once, one prompt a part, none longer than the limit but single sequences; tokens as packed."""
+    prompts = [np.full(i + 1, i) for i in range(4)]
+    batch = Sequences([prompts[i] for i, _ in drawn], [np.zeros(n, dtype=int) for _, n in drawn], {}, {})
+    parts, tokens = batch.by_prompt(limit)
+    assert sorted(i for part in parts for i in part) == list(range(len(drawn)))
+    for part, count in zip(parts, tokens, strict=True):
+        assert len({drawn[i][0] for i in part}) == 1
+        assert count <= limit or len(part) == 1
+        assert count == len(MicroBatch.build(batch.take(part), torch.device("cpu")).input_ids_N)

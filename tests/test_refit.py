@@ -219,18 +219,20 @@ def test_samples_depend_on_the_seed_alone_and_engines_differ(pair, gpus):
 
 
 @pytest.mark.gpu
-def test_varlen_attention_equals_padded_attention():
+def test_shared_prompt_attention_equals_padded_attention():
     """Packed flash attention against the padded float32 path, values and gradients, grouped heads included."""
-    from model import packed_attention
+    from model import MicroBatch, Sequences, packed_attention
 
     torch.manual_seed(0)
-    lengths = [5, 1, 130, 64]
-    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+    prompts = [np.arange(n) for n in (5, 130, 64)]
+    answers = [np.zeros(n, dtype=int) for n in (3, 1, 70, 200, 33, 64)]
+    batch = Sequences([prompts[i] for i in (0, 0, 1, 1, 1, 2)], answers, {}, {})
+    mb = MicroBatch.build(batch, torch.device("cuda"))
     results = []
-    inputs = [torch.randn(1, h, sum(lengths), 64, device="cuda") for h in (6, 2, 2)]
+    inputs = [torch.randn(1, h, len(mb.input_ids_N), 64, device="cuda") for h in (6, 2, 2)]
     for dtype in (torch.bfloat16, torch.float32):
         q, k, v = (x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs)
-        out, _ = packed_attention(torch.nn.Module(), q, k, v, None, 0.125, cu_seqlens=starts, max_seqlen=max(lengths))
+        out, _ = packed_attention(torch.nn.Module(), q, k, v, None, 0.125, **mb.attention)
         out.float().pow(2).sum().backward()
         results.append([out, q.grad, k.grad, v.grad])
     for got, want in zip(*results, strict=True):

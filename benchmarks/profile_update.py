@@ -34,12 +34,13 @@ from train_grpo import grpo_loss  # noqa: E402
 ROWS = 25  # of each table
 
 
-def random_batch(sequences: int, prompt_tokens: int, answer_tokens: int, vocabulary: int) -> Sequences:
-    """Random tokens and advantages; the engine's log-probabilities are those of uniform sampling."""
+def random_batch(sequences: int, prompt_tokens: int, answer_tokens: int, vocabulary: int, group: int) -> Sequences:
+    """Random tokens and advantages, `group` answers a prompt; the engine samples uniformly by its log-probabilities."""
     rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, vocabulary, prompt_tokens) for _ in range(-(-sequences // group))]
     uniform = np.full(answer_tokens, -np.log(vocabulary), dtype=np.float32)
     return Sequences(
-        [rng.integers(1, vocabulary, prompt_tokens) for _ in range(sequences)],
+        [prompts[i // group] for i in range(sequences)],
         [rng.integers(1, vocabulary, answer_tokens) for _ in range(sequences)],
         {"rollout_logprobs_T": [uniform] * sequences, "mask_T": [np.ones(answer_tokens)] * sequences},
         {"advantages_T": rng.standard_normal(sequences).astype(np.float32)},
@@ -50,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--sequences", type=int, default=512)
+    parser.add_argument("--group", type=int, default=16, help="answers to a prompt")
     parser.add_argument("--prompt-tokens", type=int, default=150)
     parser.add_argument("--answer-tokens", type=int, default=350)
     parser.add_argument("--cpu", action="store_true")
@@ -78,7 +80,7 @@ def main() -> None:
     if not args.cpu:
         worker.compile(COMPILE_TOKENS, logprobs=False)
     vocabulary = shape.head_weights // shape.hidden
-    batch = random_batch(args.sequences, args.prompt_tokens, args.answer_tokens, vocabulary)
+    batch = random_batch(args.sequences, args.prompt_tokens, args.answer_tokens, vocabulary, args.group)
     counts = {"num_valid_tokens": float(args.sequences * args.answer_tokens), "num_valid_sequences": args.sequences}
 
     def update() -> float:  # seconds; it ends with a transfer to the host, so the GPU has then finished

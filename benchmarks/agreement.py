@@ -29,10 +29,10 @@ from train_grpo import grpo_loss  # noqa: E402
 PROMPTS, GROUP, PROMPT_TOKENS, ANSWER_TOKENS = 4, 8, 150, 350
 SETTINGS = {  # ranks, overrides
     "one GPU": (1, []),
-    "one GPU, smaller micro-batches": (1, ["policy.sequence_packing.train_mb_tokens=2000"]),
     "FSDP 2": (2, []),
     "tensor parallel 2": (2, ["policy.dtensor_cfg.tensor_parallel_size=2"]),
     "one GPU, float32": (1, ["policy.precision=float32"]),
+    "one GPU, smaller micro-batches": (1, ["policy.sequence_packing.train_mb_tokens=2000"]),
     "tensor parallel 2, float32": (2, ["policy.precision=float32", "policy.dtensor_cfg.tensor_parallel_size=2"]),
 }
 

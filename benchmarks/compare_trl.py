@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT)]
 from benchmarks.environment import environment  # noqa: E402 - the scripts lie beside this folder
 from reward_server import verify  # noqa: E402
 
-PROMPTS, GROUP, NEW_TOKENS, LR = 32, 16, 96, 3e-5
+PROMPTS, GROUP, NEW_TOKENS, LR, WARM_UP_RATE = 32, 16, 96, 3e-5, 10
 WARM_UP = 5  # steps left out of the medians: both sides compile in them
 ARITHMETIC = ["--kinds", "add,mul,add_mul", "--min-operand", "10", "--max-operand", "99", "--max-factor", "9",
               "--solved-examples", "3", "--answer-style", "worked"]  # fmt: skip
@@ -40,7 +40,7 @@ def ours(model: str, data: Path, work: Path, steps: int) -> list[dict[str, float
         sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "recipes" / "smollm2-arithmetic.yaml"),
         f"policy.model_name={model}", f"data.train_jsonl_fpath={data}/train.jsonl", "data.validation_jsonl_fpath=null",
         f"grpo.max_num_steps={steps}", f"policy.optimizer.lr={LR}", f"policy.train_global_batch_size={PROMPTS * GROUP}",
-        "checkpointing.enabled=false", f"logger.log_dir={work}/ours", "policy.scheduler.warmup_steps=0",
+        "checkpointing.enabled=false", f"logger.log_dir={work}/ours",
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=work, timeout=580)
     return our_steps(work / "ours" / "metrics.jsonl", steps)
@@ -79,13 +79,13 @@ def trl(model: str, data: Path, work: Path, steps: int, micro_batch: int) -> lis
             ended.append(time.perf_counter())
 
     config = GRPOConfig(
-        output_dir=str(work / "trl"), max_steps=steps, learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0,
-        optim="adamw_torch_fused", bf16=True, gradient_checkpointing=False, per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=PROMPTS * GROUP // micro_batch, num_generations=GROUP, temperature=1.0,
-        max_completion_length=NEW_TOKENS, beta=0.0, loss_type="dapo", scale_rewards="group", use_vllm=True,
-        vllm_mode="colocate", vllm_gpu_memory_utilization=0.3, vllm_max_model_length=512,
-        vllm_importance_sampling_correction=False, logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, seed=42,
+        output_dir=str(work / "trl"), max_steps=steps, learning_rate=LR, lr_scheduler_type="constant_with_warmup",
+        warmup_steps=WARM_UP_RATE, weight_decay=0.0, optim="adamw_torch_fused", bf16=True, gradient_checkpointing=False,
+        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=PROMPTS * GROUP // micro_batch,
+        num_generations=GROUP, temperature=1.0, max_completion_length=NEW_TOKENS, beta=0.0, loss_type="dapo",
+        scale_rewards="group", use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.3,
+        vllm_max_model_length=512, vllm_importance_sampling_correction=False, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True, seed=42,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=model, reward_funcs=trl_rewards, args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()]

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Regenerate the GPU results, a part at a time (each has its own time limit: one failure does not cost the rest):
 #   bash benchmarks/gpu.sh PART MODEL_FOLDER OUTPUT_FOLDER
-# PART: tests | arithmetic | engines | variants | mismatch | trl | profile | speed | speed-4b | two | recipe.
+# PART: tests | arithmetic | engines | variants | mismatch | trl | profile | speed | speed-4b | two | recipe | node.
 # MODEL_FOLDER: SmolLM2-135M-Instruct.
-# speed-4b needs one GPU with 141 GB, two and recipe need two, the others one with 80 GB.
+# speed-4b needs one GPU with 141 GB, two and recipe need two, node takes all there are, the others one with 80 GB.
 set -uo pipefail
 part=$1 model=$2 out=$3
 python=${PYTHON:-python3}
@@ -15,12 +15,12 @@ trap 'rm -rf "$models"' EXIT
 speed() { # GEOMETRY NAME [arguments and overrides...]
     local geometry=$1 name=$2
     shift 2
-    timeout 280 "$python" benchmarks/step_time.py "$geometry" --name "$name" --results "$out/step_time.json" \
+    timeout 580 "$python" benchmarks/step_time.py "$geometry" --name "$name" --results "$out/step_time.json" \
         --model-folder "$models/$geometry" "$@" > "$out/$name.txt" 2>&1 || echo "$name failed, see $out/$name.txt"
     tail -n 1 "$out/$name.txt"
 }
 agreement() { # GEOMETRY: one GPU, FSDP 2 and tensor parallel 2 on the same batch
-    timeout 280 "$python" benchmarks/agreement.py "$1" --results "$out/agreement-$1.json" \
+    timeout 580 "$python" benchmarks/agreement.py "$1" --results "$out/agreement-$1.json" \
         --model-folder "$models/$1" 2>&1 | tail -n 8
 }
 apart=(policy.generation.colocated.enabled=false policy.generation.colocated.resources.gpus_per_node=1)
@@ -65,5 +65,17 @@ recipe) # the tutorial's shape: 4 prompts, 3 steps, tensor parallel 2, activatio
     speed qwen3-4b qwen3-4b-recipe --gpus 2 --prompts 4 --steps 3 --answer-tokens 1024 \
         policy.max_total_sequence_length=32768 policy.sequence_packing.train_mb_tokens=32768 \
         policy.dtensor_cfg.tensor_parallel_size=2 policy.dtensor_cfg.reshard_after_forward=true ;;
+node) # all GPUs of the machine at constant work per GPU; the recipe's shape; SmolLM2 with a recipe's batch for each GPU
+    all=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    for ((n = 1; n <= all; n *= 2)); do
+        speed qwen3-1.7b "qwen3-1.7b-node-$n" --gpus "$n" --prompts $((32 * n))
+    done
+    shape=(--gpus "$all" --prompts 64 --timeout-s 500 policy.dtensor_cfg.tensor_parallel_size=2
+        policy.generation.vllm_cfg.gpu_memory_utilization=0.85)
+    speed qwen3-4b "qwen3-4b-node-$all-1024" --answer-tokens 1024 --steps 3 --warm-up 1 "${shape[@]}"
+    speed qwen3-4b "qwen3-4b-node-$all-4096" --answer-tokens 4096 --steps 1 --warm-up 0 "${shape[@]}"
+    timeout 280 bash benchmarks/smollm2_arithmetic.sh "$model" "$out/smollm2-node-$all" \
+        cluster.gpus_per_node="$all" grpo.num_prompts_per_step=$((32 * all)) grpo.max_num_steps=60 \
+        policy.train_global_batch_size=$((512 * all)) data.validation_jsonl_fpath=null ;;
 *) echo "error: unknown part '$part'" >&2 && exit 2 ;;
 esac

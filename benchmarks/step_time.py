@@ -4,7 +4,7 @@
 
 Runs the real train_grpo.py on prompts of exact length, with answers cut at an exact length (a random model ends one in
 some hundred thousand tokens) and rewards by the parity of a checksum, so that nearly every group has a signal. Prints
-one JSON line, the medians over the steps after the first two (which compile), and puts it into FILE, a list of runs, in
+one JSON line, the medians over the steps after the first two (`--warm-up`), and puts it into FILE, a list of runs, in
 place of an earlier run of the same name. Efficiency, MFU and MBU are those of hardware.py.
 """
 
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("geometry", choices=GEOMETRIES)
     parser.add_argument("--gpus", type=int, default=1, help="0: CPU")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warm-up", type=int, default=2, help="steps left out of the medians")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=150)
@@ -148,7 +149,7 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as work:
         steps = run(args, overrides, Path(work))
-    timed = steps[2:]
+    timed = steps[args.warm_up :]
     result = {"name": args.name or f"{args.geometry}-{args.gpus}", "model": args.geometry, "gpus": args.gpus}
     result |= environment() | {"samples": args.prompts * args.group, "steps_timed": len(timed)}
     result |= {"prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens, "overrides": overrides}
@@ -157,7 +158,7 @@ def main() -> None:
         values = [m[aside] if aside in m else m[metric] for m in timed if aside in m or metric in m]
         result[name] = statistics.median(values) if values else None
     result["samples_per_s"] = result["samples"] / result["step_s"]
-    result["first_steps_s"] = [m["time/step_s"] for m in steps[:2]]
+    result["first_steps_s"] = [m["time/step_s"] for m in steps[: args.warm_up]]
     result["losses"] = [m.get("loss") for m in steps]
     print(json.dumps(result))
     if args.results:

@@ -28,7 +28,8 @@ sys.path[:0] = [str(ROOT)]
 from benchmarks.environment import environment  # noqa: E402 - the scripts lie beside this folder
 from reward_server import verify  # noqa: E402
 
-PROMPTS, GROUP, NEW_TOKENS, LR, WARM_UP_RATE = 32, 16, 96, 3e-5, 10
+PROMPTS, GROUP, NEW_TOKENS, LR = 32, 16, 96, 3e-5
+RATE_WARM_UP = 10  # steps, as in the recipe
 WARM_UP = 5  # steps left out of the medians: both sides compile in them
 ARITHMETIC = ["--kinds", "add,mul,add_mul", "--min-operand", "10", "--max-operand", "99", "--max-factor", "9",
               "--solved-examples", "3", "--answer-style", "worked"]  # fmt: skip
@@ -80,7 +81,7 @@ def trl(model: str, data: Path, work: Path, steps: int, micro_batch: int) -> lis
 
     config = GRPOConfig(
         output_dir=str(work / "trl"), max_steps=steps, learning_rate=LR, lr_scheduler_type="constant_with_warmup",
-        warmup_steps=WARM_UP_RATE, weight_decay=0.0, optim="adamw_torch_fused", bf16=True, gradient_checkpointing=False,
+        warmup_steps=RATE_WARM_UP, weight_decay=0.0, optim="adamw_torch_fused", bf16=True, gradient_checkpointing=False,
         per_device_train_batch_size=micro_batch, gradient_accumulation_steps=PROMPTS * GROUP // micro_batch,
         num_generations=GROUP, temperature=1.0, max_completion_length=NEW_TOKENS, beta=0.0, loss_type="dapo",
         scale_rewards="group", use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.3,

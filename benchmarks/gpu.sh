@@ -53,7 +53,7 @@ speed)
     speed qwen3-1.7b qwen3-1.7b-1 ;;
 speed-4b) speed qwen3-4b qwen3-4b-1 ;;
 two) # one GPU as the yardstick, then two with twice the batch, FSDP and tensor parallel, and engines apart
-    speed qwen3-1.7b qwen3-1.7b-1-of-2
+    speed qwen3-1.7b qwen3-1.7b-1
     speed qwen3-1.7b qwen3-1.7b-2 --gpus 2 --prompts 64
     agreement qwen3-4b
     speed qwen3-4b qwen3-4b-fsdp-2 --gpus 2
@@ -68,12 +68,12 @@ recipe) # the tutorial's shape: 4 prompts, 3 steps, tensor parallel 2, activatio
 node) # all GPUs of the machine at constant work per GPU; the recipe's shape; SmolLM2 with a recipe's batch for each GPU
     all=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     for ((n = 1; n <= all; n *= 2)); do
-        speed qwen3-1.7b "qwen3-1.7b-node-$n" --gpus "$n" --prompts $((32 * n))
+        speed qwen3-1.7b "qwen3-1.7b-$n" --gpus "$n" --prompts $((32 * n))
     done
     shape=(--gpus "$all" --prompts 64 --timeout-s 500 policy.dtensor_cfg.tensor_parallel_size=2
         policy.generation.vllm_cfg.gpu_memory_utilization=0.85)
-    speed qwen3-4b "qwen3-4b-node-$all-1024" --answer-tokens 1024 --steps 3 --warm-up 1 "${shape[@]}"
-    speed qwen3-4b "qwen3-4b-node-$all-4096" --answer-tokens 4096 --steps 1 --warm-up 0 "${shape[@]}"
+    speed qwen3-4b "qwen3-4b-$all-1024" --answer-tokens 1024 --steps 3 --warm-up 1 "${shape[@]}"
+    speed qwen3-4b "qwen3-4b-$all-4096" --answer-tokens 4096 --steps 1 --warm-up 0 "${shape[@]}"
     timeout 280 bash benchmarks/smollm2_arithmetic.sh "$model" "$out/smollm2-node-$all" \
         cluster.gpus_per_node="$all" grpo.num_prompts_per_step=$((32 * all)) grpo.max_num_steps=60 \
         policy.train_global_batch_size=$((512 * all)) data.validation_jsonl_fpath=null ;;

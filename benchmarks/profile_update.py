@@ -1,6 +1,6 @@
 """Where the time of an update goes: seconds, GPU kernels and Python functions of one optimizer step, without Ray.
 
-    python benchmarks/profile_update.py MODEL [--sequences 512] [--cpu] [section.key=value ...]
+    python benchmarks/profile_update.py MODEL [--sequences 512] [--group 16] [--cpu] [section.key=value ...]
 
 MODEL: a geometry of step_time.py, or a Hugging Face folder (then with the keys of recipes/smollm2-arithmetic.yaml).
 Prints the seconds of three updates on random tokens (the first compiles), what share of the last one the GPU was busy,

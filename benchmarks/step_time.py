@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--name", help="of the run in FILE; default: geometry and GPUs")
     parser.add_argument("--results", type=Path)
     args, overrides = parser.parse_known_args()
+    if args.steps <= args.warm_up:
+        parser.error(f"--steps {args.steps} leaves none to time after --warm-up {args.warm_up}")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as work:
         steps = run(args, overrides, Path(work))
     timed = steps[args.warm_up :]

@@ -479,6 +479,15 @@ def test_micro_batch_by_hand():
     }
 
 
+def test_prompts_of_one_length_are_not_taken_for_one():
+    """Prompts of a template often have the same length, and differ in their last tokens."""
+    prompts, answers = [np.array([5, 6]), np.array([5, 7])], [np.array([8]), np.array([9])]
+    mb = MicroBatch.build(Sequences(prompts, answers, {}, {}), torch.device("cpu"))
+    assert mb.input_ids_N.tolist() == [5, 6, 5, 7, 8, 9]
+    assert mb.predict_T.tolist() == [1, 3]
+    assert Sequences(prompts, answers, {}, {}).by_prompt(100) == ([[0], [1]], [3, 3])
+
+
 def dense_flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
     """What the kernel computes, in float64, with its checks of the bounds."""
     assert max_q >= cu_q.diff().max() and max_k >= cu_k.diff().max()

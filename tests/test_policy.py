@@ -567,6 +567,7 @@ def test_sequences_by_prompt(drawn, limit):
     """Every sequence once, one prompt a part, none longer than the limit but single sequences; tokens as packed."""
     prompts = [np.full(i + 1, i) for i in range(4)]
     batch = Sequences([prompts[i] for i, _ in drawn], [np.zeros(n, dtype=int) for _, n in drawn], {}, {})
+    assert len(batch.by_prompt(1000)[0]) == len({i for i, _ in drawn})  # where all fit, one part a prompt
     parts, tokens = batch.by_prompt(limit)
     assert sorted(i for part in parts for i in part) == list(range(len(drawn)))
     for part, count in zip(parts, tokens, strict=True):

@@ -118,14 +118,14 @@ class MicroBatch:
 
     @classmethod
     def build(cls, batch: Sequences, device: torch.device) -> "MicroBatch":
-        """Pack `batch`; neighbours with the same prompt share it. An empty one becomes a single masked token, so that
-        every rank runs the same collectives."""
+        """Pack `batch`; neighbours with the same prompt share it. An empty one becomes two masked tokens (of one
+        torch.compile would make a special case), so that every rank runs the same collectives."""
         if not len(batch):
-            zero = np.zeros(1, dtype=np.int64)
+            zeros = np.zeros(2, dtype=np.int64)
             batch = Sequences(
-                [zero],
-                [zero],
-                {k: [np.zeros(1)] for k in batch.per_token},
+                [zeros],
+                [zeros],
+                {k: [np.zeros(2)] for k in batch.per_token},
                 {k: np.zeros(1) for k in batch.per_sequence},
             )
         count = len(batch)
@@ -209,7 +209,7 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention that does not cross sequences. query [1, heads, N, head_dim] to output [1, N, heads, head_dim].
 
-    16-bit types on a GPU run flash attention (`shared_attention`). Otherwise whole sequences are padded on the
+    16-bit types on a GPU run flash attention (`SharedAttention`). Otherwise whole sequences are padded on the
     right into a [S, heads, longest, head_dim] batch, where a causal mask never lets a real token see padding.
     """
     if sliding_window is not None:
@@ -220,7 +220,7 @@ def packed_attention(
     if query.is_cuda and query.dtype != torch.float32:
         query, key, value = (x.contiguous() for x in (query, key, value))
         places = (cu_seqlens, cu_prompts, cu_answers, prompt_tokens, max_seqlen, max_answers)
-        return shared_attention(query, key, value, *places, scaling)[0][None], None
+        return SharedAttention.apply(query, key, value, *places, scaling)[None], None
     out = F.scaled_dot_product_attention(
         *(x[whole_SL].transpose(1, 2) for x in (query, key, value)),
         is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
@@ -228,118 +228,88 @@ def packed_attention(
     return out.transpose(1, 2)[row_N, column_N][None], None
 
 
-def combine_parts(
-    out: torch.Tensor, sums: torch.Tensor, more: torch.Tensor, more_sums: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two attention outputs [T, heads, head_dim] with their log-sum-exps [heads, T] over different keys as one."""
-    both = torch.logaddexp(sums, more_sums)
-    share = (sums - both).exp().t()[..., None]
-    return torch.lerp(more.float(), out.float(), share).to(out.dtype), both
-
-
-@torch.library.custom_op("grpo::shared_attention", mutates_args=())
-def shared_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    cu_prompts: torch.Tensor,
-    cu_answers: torch.Tensor,
-    prompt_tokens: int,
-    max_seqlen: int,
-    max_answers: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a `MicroBatch`, [N, heads, head_dim], and its log-sum-exp [heads, N].
+class SharedAttention(torch.autograd.Function):
+    """Flash attention of a `MicroBatch`, [N, heads, head_dim].
 
     Every prompt and every response attends to itself, causally; then all responses to a prompt attend to it. The two
-    parts of a response's softmax are put together by their log-sum-exp.
+    parts of a response's softmax are put together by their log-sum-exps. In the backward pass, with the sums and output
+    of the whole softmax, the kernel gives each part's share: it recomputes a probability as exp(score - sum), and needs
+    the output only for grad . output.
     """
-    out, sums = flash_forward(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True, scale)
-    n = prompt_tokens
-    more, more_sums = flash_forward(
-        query[n:], key[:n], value[:n], cu_answers, cu_prompts, max_answers, max_seqlen, False, scale
-    )
-    combine = fused(combine_parts) if query.is_cuda else combine_parts
-    out[n:], sums[:, n:] = combine(out[n:], sums[:, n:], more, more_sums)
-    return out, sums
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        cu_prompts: torch.Tensor,
+        cu_answers: torch.Tensor,
+        prompt_tokens: int,
+        max_seqlen: int,
+        max_answers: int,
+        scale: float,
+    ) -> torch.Tensor:
+        n = prompt_tokens
+        out, sums, state = flash_forward(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True, scale)
+        more, more_sums, _ = flash_forward(
+            query[n:], key[:n], value[:n], cu_answers, cu_prompts, max_answers, max_seqlen, False, scale
+        )
+        combine = combine_parts if torch.compiler.is_compiling() or not query.is_cuda else fused(combine_parts)
+        out, sums = combine(out, sums, more, more_sums, n)
+        ctx.save_for_backward(query, key, value, out, sums, state, cu_seqlens, cu_prompts, cu_answers)
+        ctx.numbers = prompt_tokens, max_seqlen, max_answers, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        query, key, value, out, sums, state, cu_seqlens, cu_prompts, cu_answers = ctx.saved_tensors
+        n, max_seqlen, max_answers, scale = ctx.numbers
+        grad = grad.contiguous()
+        own = flash_backward(
+            grad, query, key, value, out, sums, state, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True, scale
+        )
+        more = flash_backward(
+            grad[n:], query[n:], key[:n], value[:n], out[n:], sums[:, n:].contiguous(), state,
+            cu_answers, cu_prompts, max_answers, max_seqlen, False, scale,
+        )  # fmt: skip
+        grad_query = torch.cat([own[0][:n], own[0][n:] + more[0]])
+        grad_key, grad_value = (torch.cat([a[:n] + b, a[n:]]) for a, b in zip(own[1:], more[1:], strict=True))
+        return grad_query, grad_key, grad_value, *[None] * 7
 
 
-@shared_attention.register_fake
-def _(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("grpo::shared_attention_backward", mutates_args=())
-def shared_attention_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    sums: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    cu_prompts: torch.Tensor,
-    cu_answers: torch.Tensor,
-    prompt_tokens: int,
-    max_seqlen: int,
-    max_answers: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value. With the whole softmax's sums and output each part's kernel gives its share:
-    it recomputes a probability as exp(score - sum), and needs the output only for grad . out."""
-    grad, n = grad.contiguous(), prompt_tokens
-    grads = flash_backward(
-        grad, query, key, value, out, sums, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True, scale
-    )
-    more = flash_backward(
-        grad[n:], query[n:], key[:n], value[:n], out[n:], sums[:, n:].contiguous(),
-        cu_answers, cu_prompts, max_answers, max_seqlen, False, scale,
-    )  # fmt: skip
-    for whole, part, where in zip(grads, more, (slice(n, None), slice(n), slice(n)), strict=True):
-        whole[where] += part
-    return grads
-
-
-@shared_attention_backward.register_fake
-def _(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _save_attention(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
-    ctx.numbers = inputs[6:]
-
-
-def _attention_gradient(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple:
-    return *shared_attention_backward(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * 7
-
-
-shared_attention.register_autograd(_attention_gradient, setup_context=_save_attention)
+def combine_parts(
+    out: torch.Tensor, sums: torch.Tensor, more: torch.Tensor, more_sums: torch.Tensor, start: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention outputs [N, heads, head_dim] and their log-sum-exps [heads, N], from token `start` on put together with
+    those over other keys."""
+    both = torch.logaddexp(sums[:, start:], more_sums)
+    share = (sums[:, start:] - both).exp().t()[..., None]
+    mean = torch.lerp(more.float(), out[start:].float(), share).to(out.dtype)
+    return torch.cat([out[:start], mean]), torch.cat([sums[:, :start], both], 1)
 
 
 def flash_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_query: torch.Tensor, cu_key: torch.Tensor,
     max_query: int, max_key: int, causal: bool, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Output [N, heads, head_dim] and log-sum-exp [heads, N] of packed sequences; key-value heads may be fewer."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Output [N, heads, head_dim] and log-sum-exp [heads, N] of packed sequences, key-value heads may be fewer; and the
+    state of dropout, of which there is none."""
     return torch.ops.aten._flash_attention_forward(
         query, key, value, cu_query, cu_key, max_query, max_key, 0.0, causal, False, scale=scale
-    )[:2]
+    )[:3]
 
 
 def flash_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
-    sums: torch.Tensor, cu_query: torch.Tensor, cu_key: torch.Tensor, max_query: int, max_key: int, causal: bool,
-    scale: float,
+    sums: torch.Tensor, state: torch.Tensor, cu_query: torch.Tensor, cu_key: torch.Tensor, max_query: int,
+    max_key: int, causal: bool, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Its gradients of query, key and value."""
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
     return torch.ops.aten._flash_attention_backward(
         grad, query, key, value, out, sums, cu_query, cu_key, max_query, max_key, 0.0, causal,
-        no_dropout, torch.empty(0, device=query.device), scale=scale,
+        state, query.new_empty(0), scale=scale,
     )  # fmt: skip
 
 

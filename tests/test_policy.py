@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.multiprocessing as mp
 from conftest import ROOT
 from hypothesis import given, settings
@@ -500,10 +501,10 @@ def dense_flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
             scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
         outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_))
         sums.append(scores.logsumexp(-1))
-    return torch.cat(outs).to(q.dtype), torch.cat(sums, 1).float()
+    return torch.cat(outs).to(q.dtype), torch.cat(sums, 1).float(), torch.zeros(2)
 
 
-def dense_flash_backward(grad, q, k, v, out, sums, cu_q, cu_k, max_q, max_k, causal, scale):
+def dense_flash_backward(grad, q, k, v, out, sums, state, cu_q, cu_k, max_q, max_k, causal, scale):
     """The kernel's gradient: probabilities from the sums that it is given, and grad . out for their normalisation."""
     found = [torch.zeros_like(x) for x in (q, k, v)]
     heads = q.shape[1] // k.shape[1]
@@ -523,42 +524,66 @@ def dense_flash_backward(grad, q, k, v, out, sums, cu_q, cu_k, max_q, max_k, cau
     return tuple(found)
 
 
+def shared_attention(q, k, v, attention):
+    """From and to the layout of `packed_attention`."""
+    names = ("cu_seqlens", "cu_prompts", "cu_answers", "prompt_tokens", "max_seqlen", "max_answers")
+    packed = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    return model.SharedAttention.apply(*packed, *(attention[name] for name in names), 0.3)[None]
+
+
+def values_and_gradients(function, mb):
+    """Of six query heads and two key-value heads of random numbers."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, len(mb.input_ids_N), 8, requires_grad=True) for h in (6, 2, 2))
+    out = function(q, k, v, mb.attention)
+    (out * torch.randn(out.shape)).sum().backward()
+    return [x.detach() for x in (out, q.grad, k.grad, v.grad)]
+
+
+def random_micro_batch(prompt_tokens, answer_tokens):
+    """Prompts of these lengths, and the lengths of the answers to each."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 9, n) for n in prompt_tokens]
+    rows = [(prompt, rng.integers(0, 9, n)) for prompt, ns in zip(prompts, answer_tokens, strict=True) for n in ns]
+    return MicroBatch.build(Sequences(*map(list, zip(*rows, strict=True)), {}, {}), torch.device("cpu"))
+
+
 def test_attention_to_a_shared_prompt(monkeypatch):
     """Both kernel calls and what is made of them (the kernel itself replaced by its definition), values and gradients,
     grouped heads included, against padded attention over whole sequences."""
     monkeypatch.setattr(model, "flash_forward", dense_flash_forward)
     monkeypatch.setattr(model, "flash_backward", dense_flash_backward)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 9, n) for n in (7, 1, 12)]
-    which = [0, 0, 0, 1, 2, 2]
-    answers = [rng.integers(0, 9, n) for n in (3, 9, 1, 4, 2, 6)]
-    mb = MicroBatch.build(Sequences([prompts[i] for i in which], answers, {}, {}), torch.device("cpu"))
-    torch.manual_seed(0)
-    inputs = [torch.randn(1, h, len(mb.input_ids_N), 8) for h in (6, 2, 2)]
-    weights = torch.randn(1, len(mb.input_ids_N), 6, 8)
-    results = []
-    for padded in (True, False):
-        q, k, v = (x.clone().requires_grad_() for x in inputs)
-        if padded:
-            out, _ = model.packed_attention(torch.nn.Module(), q, k, v, None, 0.3, **mb.attention)
-        else:
-            names = ("cu_seqlens", "cu_prompts", "cu_answers", "prompt_tokens", "max_seqlen", "max_answers")
-            packed = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-            out = model.shared_attention(*packed, *(mb.attention[name] for name in names), 0.3)[0][None]
-        (out * weights).sum().backward()
-        results.append([out.detach(), q.grad, k.grad, v.grad])
-    for got, want in zip(results[1], results[0], strict=True):
+    mb = random_micro_batch([7, 1, 12], [[3, 9, 1], [4], [2, 6]])
+
+    def padded(q, k, v, attention):
+        return model.packed_attention(torch.nn.Module(), q, k, v, None, 0.3, **attention)[0]
+
+    for got, want in zip(values_and_gradients(shared_attention, mb), values_and_gradients(padded, mb), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-6)
 
 
-def test_fake_attention_matches_the_real_one(monkeypatch):
-    """Shapes and types that torch.compile is told."""
-    monkeypatch.setattr(model, "flash_forward", dense_flash_forward)
-    monkeypatch.setattr(model, "flash_backward", dense_flash_backward)
-    mb = MicroBatch.build(Sequences([np.arange(3)] * 2, [np.arange(2), np.arange(4)], {}, {}), torch.device("cpu"))
-    q, k, v = (torch.randn(9, h, 8, requires_grad=True) for h in (4, 2, 2))
-    names = ("cu_seqlens", "cu_prompts", "cu_answers", "prompt_tokens", "max_seqlen", "max_answers")
-    torch.library.opcheck(model.shared_attention, (q, k, v, *(mb.attention[name] for name in names), 0.3))
+def test_shared_attention_compiles_once(monkeypatch):
+    """Whatever is in a micro-batch, an empty one included; and computes the same."""
+    one = torch.library.Library("grpo_test", "DEF")
+    shape = "Tensor cu_q, Tensor cu_k, SymInt max_q, SymInt max_k, bool causal, float scale"
+    one.define(f"forward(Tensor q, Tensor k, Tensor v, {shape}) -> (Tensor, Tensor, Tensor)")
+    tensors = "Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, Tensor state"
+    one.define(f"backward({tensors}, {shape}) -> (Tensor, Tensor, Tensor)")
+    one.impl("forward", dense_flash_forward, "CPU")
+    one.impl("backward", dense_flash_backward, "CPU")
+    one.impl("forward", lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0]), q.new_empty(2)), "Meta")
+    one.impl("backward", lambda _, *qkv: tuple(torch.empty_like(x) for x in qkv[:3]), "Meta")
+    monkeypatch.setattr(model, "flash_forward", torch.ops.grpo_test.forward)
+    monkeypatch.setattr(model, "flash_backward", torch.ops.grpo_test.backward)
+    torch._logging.set_logs(recompiles=True)
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(shared_attention, backend=compilations, dynamic=True)
+    empty = MicroBatch.build(Sequences([], [], {}, {}), torch.device("cpu"))
+    for mb in (random_micro_batch([7, 5], [[3, 9, 2], [4]]), random_micro_batch([30], [[40] * 5]), empty):
+        got, want = values_and_gradients(compiled, mb), values_and_gradients(shared_attention, mb)
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(x, y, atol=5e-6)
+    assert compilations.frame_count == 1
 
 
 @settings(max_examples=100)

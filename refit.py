@@ -68,11 +68,11 @@ class WeightSender:
     @torch.no_grad()
     def flat(self, index: int) -> torch.Tensor:
         """Bucket `index` as one flat tensor in the compute precision."""
-        weights = [full(self.weights[name]).reshape(-1) for name, _ in self.layout[index]]
-        sizes = [w.numel() for w in weights]
-        flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
-        torch._foreach_copy_(list(flat.split(sizes)), weights)
-        return flat
+        weights = [self.weights[name] for name, _ in self.layout[index]]
+        tensors = [w.to_local() if isinstance(w, DTensor) else w.detach() for w in weights]
+        for axis in ("dp", "tp"):  # tensor parallelism splits first, FSDP splits its parts again
+            tensors = gather(weights, tensors, axis, self.dtype, self.device)
+        return flatten(tensors, [t.numel() for t in tensors], self.dtype, self.device)
 
     def bucket(self, index: int, by: Route, readers: int) -> Any:
         """Bucket `index` as something that `WeightReceiver.load` on the other side takes (None: not from this rank).
@@ -138,6 +138,49 @@ def layout(shapes: dict[str, torch.Size], numel: int) -> Layout:
         found[-1].append((name, tuple(shape)))
         size += shape.numel()
     return found
+
+
+def gather(
+    weights: list[nn.Parameter], parts: list[torch.Tensor], axis: str, dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    """This rank's `parts` of `weights` with what the other ranks along `axis` of the mesh have of them.
+
+    One collective for all of them, where `full` needs one for each.
+    """
+    split = [i for i, w in enumerate(weights) if shard_dim(w, axis) is not None]
+    if not split:
+        return parts
+    mesh, found = weights[split[0]].device_mesh[axis], list(parts)
+    dims = [shard_dim(weights[i], axis) for i in split]
+    shapes = []  # of the whole, with the dimension that is split in front
+    for i, dim in zip(split, dims, strict=True):
+        rows = weights[i].shape[dim]
+        if axis == "dp" and shard_dim(weights[i], "tp") == dim:
+            rows //= weights[i].device_mesh["tp"].size()
+        shapes.append(torch.Size([rows, *parts[i].movedim(dim, 0).shape[1:]]))
+    sizes = [-(-shape[0] // mesh.size()) * shape[1:].numel() for shape in shapes]  # the last rank may have fewer rows
+    mine = flatten([parts[i].movedim(dim, 0) for i, dim in zip(split, dims, strict=True)], sizes, dtype, device)
+    every = mine.new_empty(mesh.size(), len(mine))
+    dist.all_gather(list(every), mine, group=mesh.get_group())
+    for i, dim, shape, values in zip(split, dims, shapes, every.split(sizes, 1), strict=True):
+        found[i] = values.reshape(-1)[: shape.numel()].view(shape).movedim(0, dim)
+    return found
+
+
+def flatten(tensors: list[torch.Tensor], sizes: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One after the other, each at the beginning of a place of that many elements."""
+    flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+    places = [place[: t.numel()] for place, t in zip(flat.split(sizes), tensors, strict=True)]
+    torch._foreach_copy_(places, [t.reshape(-1) for t in tensors])
+    return flat
+
+
+def shard_dim(weight: torch.Tensor, axis: str) -> int | None:
+    """The dimension that is split over the ranks along `axis` of the mesh; None: every one of them has all of it."""
+    names = weight.device_mesh.mesh_dim_names if isinstance(weight, DTensor) else ()
+    if axis not in names or weight.device_mesh[axis].size() == 1:
+        return None
+    return getattr(weight.placements[names.index(axis)], "dim", None)
 
 
 def full(p: torch.Tensor) -> torch.Tensor:

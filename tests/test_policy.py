@@ -69,7 +69,11 @@ def rank_main(rank, world_size, address, cfg, batch, steps, folder):
     worker.setup(address)
     kwargs = {"cfg": cfg.loss_fn, **counts(batch)}
     metrics = [worker.update(batch, grpo_loss, kwargs) for _ in range(steps)]
-    weights = {name: tensor.detach().clone().numpy() for name, tensor in full_weights(worker)}
+    weights_of = {name: tensor.detach().clone() for name, tensor in full_weights(worker)}
+    weights = {name: tensor.numpy() for name, tensor in weights_of.items()}
+    for index, bucket in enumerate(worker.sender.layout):
+        whole = torch.cat([weights_of[name].reshape(-1) for name, _ in bucket])
+        assert torch.equal(worker.sender.flat(index), whole), f"bucket {index} of rank {rank} is not the weights"
     after, reference = worker.logprobs(batch), worker.logprobs(batch, reference=True)
     torch.save((metrics, weights if rank == 0 else None, after, reference), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
@@ -571,7 +575,9 @@ def test_shared_attention_compiles_once(monkeypatch):
     one.define(f"backward({tensors}, {shape}) -> (Tensor, Tensor, Tensor)")
     one.impl("forward", dense_flash_forward, "CPU")
     one.impl("backward", dense_flash_backward, "CPU")
-    one.impl("forward", lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0]), q.new_empty(2)), "Meta")
+    one.impl(
+        "forward", lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0]), q.new_empty(2)), "Meta"
+    )
     one.impl("backward", lambda _, *qkv: tuple(torch.empty_like(x) for x in qkv[:3]), "Meta")
     monkeypatch.setattr(model, "flash_forward", torch.ops.grpo_test.forward)
     monkeypatch.setattr(model, "flash_backward", torch.ops.grpo_test.backward)

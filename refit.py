@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BUCKET_BYTES = 2**30
 Route = Literal["ipc", "object store", "broadcast"]
@@ -102,6 +103,7 @@ class WeightReceiver:
         self.layout, self.place, self.dtype, self.device, self.load_weights = layout, place, dtype, device, load_weights
         self.group: Any = None
         self._shared: torch.Tensor | None = None
+        self._copies: dict[int, list[Copy]] = {}
 
     def load(self, index: int, sent: Any, readers: int = 0) -> Any:
         """Copy bucket `index` into the model: from the `message` that was sent, or without one from the broadcast.
@@ -116,8 +118,14 @@ class WeightReceiver:
             flat = torch.from_numpy(sent.copy()).view(self.dtype)
         else:
             flat = rebuild_cuda_tensor(*sent[self.place])
-        parts = zip(self.layout[index], flat.split(sizes), strict=True)
-        self.load_weights([(name, part.view(shape)) for (name, shape), part in parts])
+        if index in self._copies:
+            replay(flat, self._copies[index])
+        else:
+            parts = zip(self.layout[index], flat.split(sizes), strict=True)
+            with CopyRecorder(flat) as recorder:
+                self.load_weights([(name, part.view(shape)) for (name, shape), part in parts])
+            if recorder.complete:
+                self._copies[index] = recorder.copies
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the sender reuses its buffer once we return
         return message(flat, readers) if readers else None
@@ -125,6 +133,37 @@ class WeightReceiver:
     def release(self) -> None:
         """Give the last bucket's memory back."""
         self._shared = None
+
+
+Copy = tuple[torch.Tensor, torch.Size, tuple[int, ...], int]  # into what; shape, strides and offset in the bucket
+
+
+class CopyRecorder(TorchDispatchMode):
+    """Notes where `load_weights` copies what of a bucket to, so that it need not go through all names again.
+
+    `complete`: it copied every element once. Otherwise it does more than copying, and has to be called each time.
+    """
+
+    def __init__(self, flat: torch.Tensor):
+        super().__init__()
+        self.flat, self.copies, self.complete = flat, [], False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.ops.aten.copy_.default:
+            into, source = args[:2]
+            if source.untyped_storage().data_ptr() == self.flat.untyped_storage().data_ptr():
+                offset = source.storage_offset() - self.flat.storage_offset()
+                self.copies.append((into, source.shape, source.stride(), offset))
+                self.complete = sum(shape.numel() for _, shape, _, _ in self.copies) == self.flat.numel()
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def replay(flat: torch.Tensor, copies: list[Copy]) -> None:
+    """The same copies from another bucket of that layout."""
+    start = flat.storage_offset()
+    parts = [flat.as_strided(shape, stride, start + offset) for _, shape, stride, offset in copies]
+    torch._foreach_copy_([into for into, *_ in copies], parts)
 
 
 def layout(shapes: dict[str, torch.Size], numel: int) -> Layout:

@@ -110,25 +110,30 @@ class WeightReceiver:
 
         Returns a message for `readers` more engines on this GPU (None: there are none).
         """
-        sizes = [torch.Size(shape).numel() for _, shape in self.layout[index]]
         if sent is None:
-            self._shared = flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+            numel = sum(torch.Size(shape).numel() for _, shape in self.layout[index])
+            self._shared = flat = torch.empty(numel, dtype=self.dtype, device=self.device)
             self.group.broadcast(flat, 0).wait()
         elif self.device.type == "cpu":
             flat = torch.from_numpy(sent.copy()).view(self.dtype)
         else:
             flat = rebuild_cuda_tensor(*sent[self.place])
+        self.put(index, flat)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the sender reuses its buffer once we return
+        return message(flat, readers) if readers else None
+
+    def put(self, index: int, flat: torch.Tensor) -> None:
+        """Bucket `index` into the model: by its names the first time, by the copies that were made then later."""
         if index in self._copies:
             replay(flat, self._copies[index])
         else:
+            sizes = [torch.Size(shape).numel() for _, shape in self.layout[index]]
             parts = zip(self.layout[index], flat.split(sizes), strict=True)
             with CopyRecorder(flat) as recorder:
                 self.load_weights([(name, part.view(shape)) for (name, shape), part in parts])
             if recorder.complete:
                 self._copies[index] = recorder.copies
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # the sender reuses its buffer once we return
-        return message(flat, readers) if readers else None
 
     def release(self) -> None:
         """Give the last bucket's memory back."""
@@ -139,23 +144,29 @@ Copy = tuple[torch.Tensor, torch.Size, tuple[int, ...], int]  # into what; shape
 
 
 class CopyRecorder(TorchDispatchMode):
-    """Notes where `load_weights` copies what of a bucket to, so that it need not go through all names again.
-
-    `complete`: it copied every element once. Otherwise it does more than copying, and has to be called each time.
-    """
+    """Notes where `load_weights` copies what of a bucket to, so that it need not go through all names again."""
 
     def __init__(self, flat: torch.Tensor):
         super().__init__()
-        self.flat, self.copies, self.complete = flat, [], False
+        self.flat, self.copies, self.only_copies = flat, [], True
+
+    @property
+    def complete(self) -> bool:
+        """Every element was copied once, and nothing else was done to weights (but a constant for padding)."""
+        return self.only_copies and sum(shape.numel() for _, shape, _, _ in self.copies) == self.flat.numel()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is torch.ops.aten.copy_.default:
+        if function is torch.ops.aten.copy_.default and same_storage(args[1], self.flat):
             into, source = args[:2]
-            if source.untyped_storage().data_ptr() == self.flat.untyped_storage().data_ptr():
-                offset = source.storage_offset() - self.flat.storage_offset()
-                self.copies.append((into, source.shape, source.stride(), offset))
-                self.complete = sum(shape.numel() for _, shape, _, _ in self.copies) == self.flat.numel()
+            offset = source.storage_offset() - self.flat.storage_offset()
+            self.copies.append((into, source.shape, source.stride(), offset))
+        elif function._schema.is_mutable and function is not torch.ops.aten.fill_.Scalar:
+            self.only_copies = False
         return function(*args, **(kwargs or {}))
+
+
+def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 @torch.no_grad()

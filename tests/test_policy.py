@@ -121,7 +121,7 @@ SETTINGS = {
     "all in one": (1, ["policy.sequence_packing.train_mb_tokens=1024"]),
     "checkpointing": (1, [*PACKED, "policy.dtensor_cfg.activation_checkpointing=true"]),
     "2 ranks": (2, PACKED),
-    "2 ranks, resharding": (2, [*PACKED, "policy.dtensor_cfg.reshard_after_forward=true"]),
+    "3 ranks, resharding": (3, [*PACKED, "policy.dtensor_cfg.reshard_after_forward=true"]),  # uneven shards
     "tensor parallel": (2, [*PACKED, "cluster.cpu_ranks_per_node=2", "policy.dtensor_cfg.tensor_parallel_size=2"]),
     "2 x tensor parallel": (4, [*PACKED, "cluster.cpu_ranks_per_node=4", "policy.dtensor_cfg.tensor_parallel_size=2"]),
 }

@@ -13,7 +13,7 @@ from hardware import Shape, not_for_kv_cache
 from launch import StopRequests, explain, start_ray
 from model import Sequences
 from policy import Policy
-from refit import Link
+from refit import Link, WeightReceiver
 from rollout import RolloutEngines
 from train_grpo import grpo_loss
 
@@ -129,6 +129,36 @@ def test_refits_of_several_engines_on_a_gpu_keep_no_memory(pair):
         engines.refit()
         peaks.append(policy.memory()["policy_peak_gib"])
     assert max(peaks[1:]) < peaks[1] + 2 * weights_gib  # an engine may let go of the last ones a little late
+
+
+@pytest.mark.parametrize(("extra", "replayed"), [(None, True), ("padding", True), ("scaled", False), ("half", False)])
+def test_copies_are_noted_once_unless_more_than_copying_is_done(extra, replayed):
+    """`load_weights` stacks two weights in one of the engine's, transposes one, and pads, scales or forgets the last;
+    buckets begin anywhere in their memory, as CUDA IPC hands them over."""
+    stacked, turned, last = torch.zeros(5, 3), torch.zeros(4, 2), torch.ones(4)
+    calls = []
+
+    def load_weights(weights: list[tuple[str, torch.Tensor]]) -> None:
+        calls.append(names := dict(weights))
+        stacked[:2].copy_(names["a"])
+        stacked[2:].copy_(names["b"])
+        turned.copy_(names["c"].t())
+        last[: 1 if extra == "half" else 2].copy_(names["d"][: 1 if extra == "half" else 2])
+        if extra == "padding":
+            last[2:].fill_(0)
+        if extra == "scaled":
+            last.mul_(2)
+
+    layout = [[("a", (2, 3)), ("b", (3, 3)), ("c", (2, 4)), ("d", (2,))]]
+    receiver = WeightReceiver(layout, 0, torch.float32, torch.device("cpu"), load_weights)
+    for start, offset in ((0.0, 3), (100.0, 0), (200.0, 7)):
+        flat = torch.cat([torch.full((offset,), -1.0), torch.arange(25) + start])[offset:]
+        receiver.put(0, flat)
+        a, b, c, d = flat.split([6, 9, 8, 2])
+        assert torch.equal(stacked, torch.cat([a.view(2, 3), b.view(3, 3)]))
+        assert torch.equal(turned, c.view(2, 4).t())
+        assert last[0] == d[0] * (2 if extra == "scaled" else 1)
+    assert len(calls) == (1 if replayed else 3)
 
 
 ONE_TO_ONE = {  # GPUs of five engines; what each takes: (readers of the message, who sent it, which of them); who joins

@@ -80,8 +80,9 @@ class PolicyWorker:
         self.dp_rank, self.dp_size = self.mesh["dp"].get_local_rank(), self.mesh["dp"].size()
         self.model = build_model(self.cfg, self.mesh, self.device)
         o = self.cfg.optimizer
-        self.optimizer = torch.optim.AdamW(  # the fused kernel takes one mesh at a time
-            [{"params": group} for group in by_mesh(self.model.parameters())],
+        self.shards = [nn.Parameter(w) for w in self._local_weights()]  # DTensor would cost more time than the kernel
+        self.optimizer = torch.optim.AdamW(
+            self.shards,
             lr=o.lr,
             betas=tuple(o.betas),
             eps=o.eps,
@@ -110,7 +111,7 @@ class PolicyWorker:
         totals = self._gradients([MicroBatch.build(batch, self.device)], loss_fn, {})
         clip_gradients(self.model.parameters(), self.cfg.max_grad_norm, self.loss_scale)
         reduce_metrics(totals, self.mesh["dp"].get_group())
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         if logprobs:
             self.logprobs(batch)
         gc.collect()
@@ -155,12 +156,15 @@ class PolicyWorker:
             if finite or self.loss_scale == 1 or not math.isfinite(metrics["loss"]):
                 break
             self.loss_scale /= 2
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
         lr = self._schedule()
         if finite:  # otherwise the weights stay as they were
+            for shard, p in zip(self.shards, self.model.parameters(), strict=True):
+                shard.grad = None if p.grad is None else p.grad.to_local()
             self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
             self.steps_done += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         return metrics | {"grad_norm": grad_norm.item(), "lr": lr, "micro_batches": len(micro_batches)}
 
     def _gradients(
@@ -250,12 +254,13 @@ class PolicyWorker:
             state["loss_scale"] = torch.tensor(self.loss_scale)
         if self.device.type == "cuda":
             state[f"random.cuda.{self.rank}"] = torch.cuda.get_rng_state()
-        for name, p in self.model.named_parameters():
-            if p not in self.optimizer.state:  # no step yet: AdamW starts from these zeros
-                moments = {key: torch.zeros_like(p.detach()) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+        for shard, (name, p) in zip(self.shards, self.model.named_parameters(), strict=True):
+            if shard not in self.optimizer.state:  # no step yet: AdamW starts from these zeros
+                moments = {key: torch.zeros_like(shard.detach()) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **moments}
             state[f"weight.{name}"] = p.detach()
-            state |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+            for key, value in self.optimizer.state[shard].items():
+                state[f"{key}.{name}"] = value if key == "step" else sharded_like(p, value)
         return state
 
     def save(self, folder: str, publish: Callable[[], None]) -> None:
@@ -345,6 +350,12 @@ def reduce_metrics(totals: dict[str, torch.Tensor], group: Any) -> dict[str, flo
             dist.all_reduce(stacked, op=op, group=group)
             result |= dict(zip(names, stacked.tolist(), strict=True))
     return result
+
+
+def sharded_like(weight: DTensor, shard: torch.Tensor) -> DTensor:
+    """`shard` as this rank's part of a tensor that is split over the ranks as `weight` is."""
+    mesh, placements = weight.device_mesh, weight.placements
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
 def by_mesh(params: Any) -> list[list[nn.Parameter]]:

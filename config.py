@@ -94,7 +94,7 @@ class LossFn:
 @dataclass
 class DTensorCfg:
     tensor_parallel_size: int = key(2, "GPUs that share each layer (DTensor); the rest of the ranks are FSDP2")
-    activation_checkpointing: bool = key(True, "recompute layers in the backward pass to save memory")
+    activation_checkpointing: bool = key(True, "recompute layers and LM head in the backward pass to save memory")
     cpu_offload: bool = key(False, "keep sharded weights and optimizer state in host memory")
     clear_cache_every_n_steps: int | None = key(None, "return cached GPU memory to the driver every N micro-batches")
     reshard_after_forward: bool = key(True, "free gathered weights between forward and backward (less memory, slower)")

@@ -1,7 +1,7 @@
 """The trained model as one rank sees it: packed sequences in, log-probabilities of the response tokens out.
 
-Packing, where the answers to a prompt share it; attention that does not cross sequences; an LM head that keeps no
-logits; sharding (FSDP2, tensor parallel). Axis suffixes of names: _S sequence, _U prompt of a micro-batch, _N packed
+Packing, where the answers to a prompt share it; attention that does not cross sequences; an LM head that runs in
+chunks; sharding (FSDP2, tensor parallel). Axis suffixes of names: _S sequence, _U prompt of a micro-batch, _N packed
 token of a micro-batch (prompts and responses), _T response token.
 """
 
@@ -336,38 +336,52 @@ def chunk_gradient(
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities of target tokens from hidden states, without keeping any logits.
+    """Log-probabilities of target tokens from hidden states, without keeping any float32 logits.
 
-    LM head and softmax run on HEAD_CHUNK tokens at a time, and again in the backward pass. Logits are float32 sums in
-    float32 whatever the inputs' type: rounding them to bfloat16 (steps of 1/16 at a logit of 10) costs more than all
-    other rounding together. The head's gradient is summed over the chunks in float32.
+    LM head and softmax run on HEAD_CHUNK tokens at a time. For the backward pass they either run again, or what it
+    needs of them is kept, in the type of the hidden states. Logits are float32 sums in float32 whatever the inputs'
+    type: rounding them to bfloat16 (steps of 1/16 at a logit of 10) costs more than all other rounding together. The
+    head's gradient is summed over the chunks in float32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, temperature: float
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, temperature: float, keep: bool
     ) -> torch.Tensor:
-        """hidden [T, D], weight [V, D], target [T] to [T]."""
+        """hidden [T, D], weight [V, D], target [T] to [T]. `keep`: [T, V] for the backward pass."""
         function = fused(chunk_logprobs) if hidden.is_cuda else chunk_logprobs
-        parts = TokenLogprobs.chunks(len(hidden))
-        found = [function(TokenLogprobs.logits(hidden[p], weight), target[p].clone(), temperature) for p in parts]
+        found, kept = [], []
+        for part in TokenLogprobs.chunks(len(hidden)):
+            logits = TokenLogprobs.logits(hidden[part], weight)
+            found.append(function(logits, target[part].clone(), temperature))
+            if keep:
+                kept.append(TokenLogprobs.gradient(logits, target[part], found[-1][1], temperature, hidden.dtype))
         logprobs, sums = (torch.cat(x) for x in zip(*found, strict=True))
-        ctx.save_for_backward(hidden, weight, target, sums)
+        ctx.save_for_backward(hidden, weight, target, sums, *kept)
         ctx.temperature = temperature
         return logprobs
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        hidden, weight, target, sums = ctx.saved_tensors
-        function = fused(chunk_gradient) if hidden.is_cuda else chunk_gradient
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        hidden, weight, target, sums, *kept = ctx.saved_tensors
         grad = (-grad / ctx.temperature)[:, None]  # [T, 1]
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for part in TokenLogprobs.chunks(len(hidden)):
-            logits = TokenLogprobs.logits(hidden[part], weight)
-            difference = function(logits, target[part].clone(), sums[part].clone(), ctx.temperature, hidden.dtype)
+        for i, part in enumerate(TokenLogprobs.chunks(len(hidden))):
+            if kept:
+                difference = kept[i]
+            else:
+                logits = TokenLogprobs.logits(hidden[part], weight)
+                difference = TokenLogprobs.gradient(logits, target[part], sums[part], ctx.temperature, hidden.dtype)
             grad_hidden[part] = (difference @ weight) * grad[part]
             grad_weight += float32_product(difference.t(), (hidden[part] * grad[part]).to(hidden.dtype))
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+    @staticmethod
+    def gradient(
+        logits: torch.Tensor, target: torch.Tensor, sums: torch.Tensor, temperature: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        function = fused(chunk_gradient) if logits.is_cuda else chunk_gradient
+        return function(logits, target.clone(), sums.clone(), temperature, dtype)
 
     @staticmethod
     def chunks(tokens: int) -> list[slice]:
@@ -395,9 +409,10 @@ class LogprobModel(nn.Module):
     One module, so that FSDP gathers embedding, final norm and LM head (tied or not) around the whole forward pass.
     """
 
-    def __init__(self, lm: nn.Module):
+    def __init__(self, lm: nn.Module, keep_logits: bool):
+        """`keep_logits`: for the backward pass, see `TokenLogprobs`."""
         super().__init__()
-        self.lm = lm
+        self.lm, self.keep_logits = lm, keep_logits
 
     def forward(self, mb: MicroBatch, temperature: float) -> torch.Tensor:
         """Log-probabilities [T] of `mb.target_T` in float32, after temperature."""
@@ -408,7 +423,8 @@ class LogprobModel(nn.Module):
             **mb.attention,
         ).last_hidden_state[0]  # [N, hidden]
         hidden = hidden[mb.predict_T]  # [T, hidden]: the LM head runs on response tokens only
-        return TokenLogprobs.apply(hidden, self.lm.lm_head.weight, mb.target_T, temperature)
+        keep = self.keep_logits and torch.is_grad_enabled()
+        return TokenLogprobs.apply(hidden, self.lm.lm_head.weight, mb.target_T, temperature, keep)
 
 
 def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel:
@@ -434,7 +450,7 @@ def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel
         "offload_policy": CPUOffloadPolicy() if d.cpu_offload else OffloadPolicy(),
         "reshard_after_forward": d.reshard_after_forward,
     }
-    model = LogprobModel(lm)
+    model = LogprobModel(lm, keep_logits=not d.activation_checkpointing)
     layers = list(lm.base_model.layers)
     if d.compile_layers:
         for layer in layers:

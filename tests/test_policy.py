@@ -414,7 +414,8 @@ def test_saved_folder_is_plain_hugging_face(config, tmp_path):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("fused", [False, True])
-def test_head_against_float64_autograd(monkeypatch, temperature, fused):
+@pytest.mark.parametrize("keep", [False, True])
+def test_head_against_float64_autograd(monkeypatch, temperature, fused, keep):
     """Values and both gradients over several chunks, the last one short; also with the functions that a GPU fuses."""
     monkeypatch.setattr(model, "HEAD_CHUNK", 5)
     if fused:
@@ -425,7 +426,7 @@ def test_head_against_float64_autograd(monkeypatch, temperature, fused):
     target, weights = torch.randint(0, 50, (13,), generator=generator), torch.randn(13, generator=generator)
     mine = [x.clone().requires_grad_() for x in inputs]
     plain = [x.double().requires_grad_() for x in inputs]
-    found = model.TokenLogprobs.apply(*mine, target, temperature)
+    found = model.TokenLogprobs.apply(*mine, target, temperature, keep)
     wanted = (plain[0] @ plain[1].t() / temperature).log_softmax(-1)[torch.arange(13), target]
     (found * weights).sum().backward()
     (wanted * weights.double()).sum().backward()
@@ -434,7 +435,8 @@ def test_head_against_float64_autograd(monkeypatch, temperature, fused):
         np.testing.assert_allclose(a.grad, b.grad, atol=5e-6)
 
 
-def test_the_fused_head_compiles_once(monkeypatch):
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_fused_head_compiles_once(monkeypatch, keep):
     """Whatever the number of tokens and chunks, an only token apart: a step that compiled took two seconds longer."""
     monkeypatch.setattr(model, "HEAD_CHUNK", 8)
     monkeypatch.setattr(model, "chunk_logprobs", model.fused(model.chunk_logprobs))
@@ -443,7 +445,7 @@ def test_the_fused_head_compiles_once(monkeypatch):
     for tokens in (5, 7, 8, 9, 13, 16, 17, 40):
         hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(30, 4, requires_grad=True)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            model.TokenLogprobs.apply(hidden, weight, torch.randint(0, 30, (tokens,)), 1.0).sum().backward()
+            model.TokenLogprobs.apply(hidden, weight, torch.randint(0, 30, (tokens,)), 1.0, keep).sum().backward()
 
 
 def test_gradient_of_a_near_certain_token_survives_bfloat16():

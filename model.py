@@ -317,10 +317,14 @@ AttentionInterface.register("packed", packed_attention)
 
 
 def chunk_logprobs(logits: torch.Tensor, target: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability [T] of the targets [T] under float32 logits [T, vocabulary], and the log of the sums [T]."""
+    """Log-probability [T] of the targets [T] under float32 logits [T, vocabulary], and the log of the sums [T].
+
+    Written so that torch.compile knows a softmax when it sees one, and reads the logits once.
+    """
     logits = logits / temperature
-    sums = logits.logsumexp(-1)
-    return logits.gather(-1, target[:, None])[:, 0] - sums, sums
+    top = logits.amax(-1, keepdim=True)
+    sums = top + (logits - top).exp().sum(-1, keepdim=True).log()
+    return (logits.gather(-1, target[:, None]) - sums)[:, 0], sums[:, 0]
 
 
 def chunk_gradient(
@@ -393,7 +397,10 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return float32_product(hidden, weight.t())
+        """float32 [T, V]; functions are compiled for this V: they sum in one pass, and divide places by a constant."""
+        logits = float32_product(hidden, weight.t())
+        torch._dynamo.mark_static(logits, 1)
+        return logits
 
 
 def float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

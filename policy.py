@@ -5,6 +5,7 @@ It knows nothing about GRPO: `train_grpo.py` passes the loss function in.
 
 import atexit
 import gc
+import itertools
 import math
 import os
 import socket
@@ -25,7 +26,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import AutoTokenizer
 
 from config import Config, PolicyCfg
@@ -79,6 +80,7 @@ class PolicyWorker:
         self.mesh = init_device_mesh(self.device.type, (self.world_size // tp, tp), mesh_dim_names=("dp", "tp"))
         self.dp_rank, self.dp_size = self.mesh["dp"].get_local_rank(), self.mesh["dp"].size()
         self.model = build_model(self.cfg, self.mesh, self.device)
+        self.weights = list(self.model.parameters())  # as sharded; to walk through all modules takes a millisecond
         o = self.cfg.optimizer
         self.shards = [nn.Parameter(w) for w in self._local_weights()]  # DTensor would cost more time than the kernel
         self.optimizer = torch.optim.AdamW(
@@ -109,9 +111,9 @@ class PolicyWorker:
             return logprobs_T.mean(), {"loss": logprobs_T.mean()}
 
         totals = self._gradients([MicroBatch.build(batch, self.device)], loss_fn, {})
-        clip_gradients(self.model.parameters(), self.cfg.max_grad_norm, self.loss_scale)
+        clip_gradients(self.weights, self.cfg.max_grad_norm, self.loss_scale)
         reduce_metrics(totals, self.mesh["dp"].get_group())
-        self.model.zero_grad(set_to_none=True)
+        self._drop_gradients()
         if logprobs:
             self.logprobs(batch)
         gc.collect()
@@ -120,7 +122,11 @@ class PolicyWorker:
 
     def _local_weights(self) -> list[torch.Tensor]:
         """This rank's shards of the float32 master weights."""
-        return [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in self.model.parameters()]
+        return [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in self.weights]
+
+    def _drop_gradients(self) -> None:
+        for p in itertools.chain(self.weights, self.shards):
+            p.grad = None
 
     def _micro_batches(self, batch: Sequences) -> list[tuple[list[int], MicroBatch]]:
         """This rank's share of `batch`, each with the indices of its sequences."""
@@ -150,21 +156,20 @@ class PolicyWorker:
         micro_batches = self._micro_batches(batch)
         while True:
             totals = self._gradients([mb for _, mb in micro_batches], loss_fn, loss_kwargs)
-            grad_norm = clip_gradients(self.model.parameters(), self.cfg.max_grad_norm, self.loss_scale)
+            grad_norm = clip_gradients(self.weights, self.cfg.max_grad_norm, self.loss_scale)
             metrics = reduce_metrics(totals, self.mesh["dp"].get_group())
             finite = torch.isfinite(grad_norm).item()  # the same on every rank
             if finite or self.loss_scale == 1 or not math.isfinite(metrics["loss"]):
                 break
             self.loss_scale /= 2
-            self.model.zero_grad(set_to_none=True)
+            self._drop_gradients()
         lr = self._schedule()
         if finite:  # otherwise the weights stay as they were
-            for shard, p in zip(self.shards, self.model.parameters(), strict=True):
+            for shard, p in zip(self.shards, self.weights, strict=True):
                 shard.grad = None if p.grad is None else p.grad.to_local()
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
             self.steps_done += 1
-        self.model.zero_grad(set_to_none=True)
+        self._drop_gradients()
         return metrics | {"grad_norm": grad_norm.item(), "lr": lr, "micro_batches": len(micro_batches)}
 
     def _gradients(
@@ -358,22 +363,26 @@ def sharded_like(weight: DTensor, shard: torch.Tensor) -> DTensor:
     return DTensor.from_local(shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
-def by_mesh(params: Any) -> list[list[nn.Parameter]]:
-    """Parameters grouped by device mesh: with tensor parallelism some are on a 1-D, some on a 2-D mesh."""
-    groups: dict[Any, list[nn.Parameter]] = {}
-    for p in params:
-        groups.setdefault(p.device_mesh, []).append(p)
-    return list(groups.values())
-
-
 def clip_gradients(parameters: Any, max_norm: float, loss_scale: float = 1.0) -> torch.Tensor:
     """Divide all gradients by `loss_scale`, and by what brings their global norm below `max_norm`; returns the norm
-    before the latter."""
-    params = [p for p in parameters if p.grad is not None]
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in group]).full_tensor() for group in by_mesh(params)]
-    total = torch.linalg.vector_norm(torch.stack(norms)) / loss_scale
+    before the latter.
+
+    Local norms are put together once for all parameters that are split alike: on DTensors each would be a dispatch.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    local = [g.to_local() for g in grads]
+    alike: dict[Any, list[torch.Tensor]] = {}
+    for grad, norm in zip(grads, torch._foreach_norm(local), strict=True):
+        alike.setdefault((grad.device_mesh, grad.placements), []).append(norm)
+    squares = [
+        DTensor.from_local(
+            torch.stack(norms).square().sum(), mesh, [p if p.is_replicate() else Partial() for p in placements]
+        ).full_tensor()
+        for (mesh, placements), norms in alike.items()
+    ]
+    total = torch.stack(squares).sum().sqrt() / loss_scale
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0) / loss_scale
-    torch._foreach_mul_([p.grad.to_local() for p in params], factor)
+    torch._foreach_mul_(local, factor)
     return total
 
 

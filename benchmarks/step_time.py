@@ -46,8 +46,8 @@ TWO_ENGINES = [  # a GPU: they share out vLLM's Python; each with KV cache for h
 ]  # fmt: skip
 SETTINGS = {  # what fits one H100 (qwen3-4b: one H200); further overrides come after these
     "tiny": ["policy.sequence_packing.train_mb_tokens=1024"],
-    "qwen3-0.6b": [*NO_CHECKPOINTING, *TWO_ENGINES, "policy.sequence_packing.train_mb_tokens=16384"],
-    "qwen3-1.7b": [*NO_CHECKPOINTING, *TWO_ENGINES, "policy.sequence_packing.train_mb_tokens=8192"],
+    "qwen3-0.6b": [*NO_CHECKPOINTING, *TWO_ENGINES, "policy.sequence_packing.train_mb_tokens=24576"],
+    "qwen3-1.7b": [*NO_CHECKPOINTING, *TWO_ENGINES, "policy.sequence_packing.train_mb_tokens=12288"],
     "qwen3-4b": ["policy.dtensor_cfg.reshard_after_forward=false", "policy.sequence_packing.train_mb_tokens=16384"],
 }
 COMPILED = ["policy.dtensor_cfg.compile_layers=true"]

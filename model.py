@@ -462,10 +462,11 @@ def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel
     if d.compile_layers:
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-    # Where nothing is freed between forward and backward, small layers share a group: fewer hooks and collectives.
+    # Where nothing is freed between forward and backward, small layers share a group: fewer hooks and collectives. All
+    # of a small model are in that of the whole: a list as group runs its hook after the backward pass for each member.
     size = sum(p.numel() for p in layers[0].parameters())
     many = 1 if d.reshard_after_forward or d.activation_checkpointing else max(1, GROUP_WEIGHTS // size)
-    for start in range(0, len(layers), many):
+    for start in range(0, len(layers), many) if many < len(layers) else ():
         fully_shard(layers[start : start + many], **shard)
     fully_shard(model, **shard)
     return model

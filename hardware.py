@@ -199,7 +199,7 @@ def memory_estimate(cfg: Config, shape: Shape, device_bytes: int, head_chunk: in
         "policy: logits of one chunk": 10 * min(tokens, head_chunk) * shape.head_weights / shape.hidden,
     }
     if not d.activation_checkpointing:
-        estimate["policy: kept of the logits"] = wide * tokens * shape.head_weights / shape.hidden
+        estimate["policy: kept for the head's gradient"] = wide * tokens * shape.head_weights / shape.hidden
     share = gen.vllm_cfg.gpu_memory_utilization * device_bytes
     budget = gen.vllm_cfg.kv_cache_memory_bytes or share - not_for_kv_cache(cfg, shape)
     estimate |= {

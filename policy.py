@@ -319,6 +319,10 @@ class PolicyWorker:
         setters = {f"random.{self.rank}": torch.set_rng_state, f"random.cuda.{self.rank}": torch.cuda.set_rng_state}
         for name in own & setters.keys():
             setters[name](state[name])
+        for shard, (name, _) in zip(self.shards, self.model.named_parameters(), strict=True):
+            for key, moment in self.optimizer.state[shard].items():
+                if key != "step":  # with cpu_offload what was loaded is a copy on the GPU
+                    moment.copy_(state[f"{key}.{name}"].to_local())
 
     def memory(self) -> dict[str, float]:
         """Peak GPU memory since the last call, in GiB (empty on the CPU)."""
@@ -382,7 +386,7 @@ def clip_gradients(parameters: Any, max_norm: float, loss_scale: float = 1.0) ->
     ]
     total = torch.stack(squares).sum().sqrt() / loss_scale
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0) / loss_scale
-    torch._foreach_mul_(local, factor)
+    torch._foreach_mul_(local, factor.to(local[0].device))  # gradients are in host memory with cpu_offload
     return total
 
 

@@ -142,9 +142,9 @@ def test_memory_estimate_by_hand(shape):
     assert found["policy: float32 master weights"] * 2**30 == 4 * mine
     assert found["policy: AdamW moments"] * 2**30 == 8 * mine
     assert found["policy: logits of one chunk"] * 2**30 == 10 * 4096 * 151936
-    assert "policy: kept of the logits" not in found
+    assert "policy: kept for the head's gradient" not in found
     plain = load_config(ROOT / "config.yaml", [*base, "policy.dtensor_cfg.activation_checkpointing=false"])
-    kept = memory_estimate(plain, shape, 80 * 2**30, head_chunk=4096)["policy: kept of the logits"]
+    kept = memory_estimate(plain, shape, 80 * 2**30, head_chunk=4096)["policy: kept for the head's gradient"]
     assert kept * 2**30 == 2 * plain.policy.sequence_packing.train_mb_tokens * 151936
     assert found["engine: weights"] * 2**30 == 2 * 596_049_920
     assert not_for_kv_cache(cfg, shape) == int(12 * mine) + 2 * 596_049_920

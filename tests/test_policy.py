@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model
+import policy
 from config import load_config
 from model import MicroBatch, Sequences
 from policy import PolicyWorker, clip_gradients
@@ -412,6 +413,28 @@ def test_saved_folder_is_plain_hugging_face(config, tmp_path):
     assert loaded.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token_id
 
 
+def test_loaded_moments_arrive_where_the_optimizer_has_them(config, monkeypatch, tmp_path):
+    """With cpu_offload on a GPU, a moment seen as a sharded tensor is a copy: here it always is."""
+    cfg, real = config(), policy.sharded_like
+    monkeypatch.setattr(policy, "sharded_like", lambda weight, shard: real(weight, shard.clone()))
+    worker = PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
+    worker.setup(free_address())
+    try:
+        batch = random_batch(3)
+        worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts(batch)})
+        worker.save(str(tmp_path), lambda: None)
+        assert worker.wait_saved()[0] is None
+        moments = [worker.optimizer.state[shard][key] for shard in worker.shards for key in ("exp_avg", "exp_avg_sq")]
+        before = [m.clone() for m in moments]
+        for moment in moments:
+            moment.zero_()
+        worker.load(f"{tmp_path}/training_state")
+        assert any(m.any() for m in before)
+        assert all(torch.equal(m, b) for m, b in zip(moments, before, strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
@@ -426,9 +449,13 @@ def test_head_against_float64_autograd(monkeypatch, temperature, fused, keep):
     target, weights = torch.randint(0, 50, (13,), generator=generator), torch.randn(13, generator=generator)
     mine = [x.clone().requires_grad_() for x in inputs]
     plain = [x.double().requires_grad_() for x in inputs]
+    heads = []
+    product = model.TokenLogprobs.logits
+    monkeypatch.setattr(model.TokenLogprobs, "logits", lambda *x: (heads.append(1), product(*x))[1])
     found = model.TokenLogprobs.apply(*mine, target, temperature, keep)
     wanted = (plain[0] @ plain[1].t() / temperature).log_softmax(-1)[torch.arange(13), target]
     (found * weights).sum().backward()
+    assert len(heads) == (3 if keep else 6)  # once a chunk, or again in the backward pass
     (wanted * weights.double()).sum().backward()
     np.testing.assert_allclose(found.detach(), wanted.detach(), atol=5e-6)
     for a, b in zip(mine, plain, strict=True):
@@ -583,7 +610,6 @@ def test_shared_attention_compiles_once(monkeypatch):
     one.impl("backward", lambda _, *qkv: tuple(torch.empty_like(x) for x in qkv[:3]), "Meta")
     monkeypatch.setattr(model, "flash_forward", torch.ops.grpo_test.forward)
     monkeypatch.setattr(model, "flash_backward", torch.ops.grpo_test.backward)
-    torch._logging.set_logs(recompiles=True)
     compilations = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     compiled = torch.compile(shared_attention, backend=compilations, dynamic=True)
     empty = MicroBatch.build(Sequences([], [], {}, {}), torch.device("cpu"))

@@ -99,6 +99,10 @@ class DTensorCfg:
     clear_cache_every_n_steps: int | None = key(None, "return cached GPU memory to the driver every N micro-batches")
     reshard_after_forward: bool = key(True, "free gathered weights between forward and backward (less memory, slower)")
     compile_layers: bool = key(False, "torch.compile each decoder layer")
+    cuda_graphs: bool = key(
+        False,
+        "record forward and backward passes, for models so small that launching takes longer (a policy of one GPU)",
+    )
 
 
 @dataclass
@@ -356,7 +360,8 @@ def seconds(text: str) -> float:
 def check(cfg: Config) -> None:
     """Raise ConfigError for the first contradiction between values."""
     p, g, gen, loss = cfg.policy, cfg.grpo, cfg.policy.generation, cfg.loss_fn
-    tp = p.dtensor_cfg.tensor_parallel_size
+    d, tp = p.dtensor_cfg, p.dtensor_cfg.tensor_parallel_size
+    freed = d.activation_checkpointing or d.reshard_after_forward or d.cpu_offload
     positive = {
         "grpo.num_prompts_per_step": g.num_prompts_per_step,
         "grpo.num_generations_per_prompt": g.num_generations_per_prompt,
@@ -408,6 +413,14 @@ def check(cfg: Config) -> None:
             cfg.world_size % tp == 0,
             f"policy.dtensor_cfg.tensor_parallel_size={tp} does not divide the {cfg.world_size} policy ranks of "
             "cluster.num_nodes x gpus_per_node",
+        ),
+        (
+            not d.cuda_graphs
+            or cfg.device == "cpu"
+            or not (freed or p.precision == "float32" or (gen.colocated.enabled and gen.colocated.sleep)),
+            "policy.dtensor_cfg.cuda_graphs=true needs a policy.precision of 16 bits, and activation_checkpointing, "
+            "reshard_after_forward, cpu_offload (dtensor_cfg) and policy.generation.colocated.sleep false: what a "
+            "graph reads stays where it is",
         ),
         (
             gen.vllm_cfg.tensor_parallel_size == 1,

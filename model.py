@@ -104,8 +104,11 @@ class MicroBatch:
       from the first response
     - prompt_tokens: of all prompts; max_seqlen: of the longest prompt or response; max_answers: the most that the
       responses to one prompt have together
-    - whole_SL [sequences, longest]: where the tokens of each whole sequence lie; row_N, column_N: the reverse, for a
-      prompt in the first of its sequences
+    - without flash attention also whole_SL [sequences, longest]: where the tokens of each whole sequence lie; row_N,
+      column_N: the reverse, for a prompt in the first of its sequences
+
+    With `round_up` a further sequence, which nothing looks at, fills prompts and responses up to round numbers of
+    tokens, so that few shapes occur (for cuda_graph.py); `sequence_T` and `extras_T` are without it.
     """
 
     input_ids_N: torch.Tensor
@@ -116,10 +119,21 @@ class MicroBatch:
     sequence_T: torch.Tensor
     extras_T: dict[str, torch.Tensor]
 
+    def inputs(self) -> list[torch.Tensor]:
+        """What the model reads, for flash attention."""
+        places = [value for value in self.attention.values() if isinstance(value, torch.Tensor)]
+        return [self.input_ids_N, self.position_ids_N, self.predict_T, self.target_T, *places]
+
+    def shape(self) -> tuple[int, ...]:
+        """All that those of another must share to take the place of these."""
+        numbers = [value for value in self.attention.values() if isinstance(value, int)]
+        return *(len(tensor) for tensor in self.inputs()), *numbers
+
     @classmethod
-    def build(cls, batch: Sequences, device: torch.device) -> "MicroBatch":
-        """Pack `batch`; neighbours with the same prompt share it. An empty one becomes two masked tokens (of one
-        torch.compile would make a special case), so that every rank runs the same collectives."""
+    def build(cls, batch: Sequences, device: torch.device, flash: bool = False, round_up: bool = False) -> "MicroBatch":
+        """Pack `batch`, for flash attention or without; neighbours with the same prompt share it. An empty one becomes
+        two masked tokens (of one torch.compile would make a special case), so that every rank runs the same
+        collectives."""
         if not len(batch):
             zeros = np.zeros(2, dtype=np.int64)
             batch = Sequences(
@@ -128,17 +142,22 @@ class MicroBatch:
                 {k: [np.zeros(2)] for k in batch.per_token},
                 {k: np.zeros(1) for k in batch.per_sequence},
             )
-        count = len(batch)
+        responses = list(batch.response_ids)
         new_S = [i == 0 or not np.array_equal(p, batch.prompt_ids[i - 1]) for i, p in enumerate(batch.prompt_ids)]
-        unit_S = np.cumsum(new_S) - 1
         prompts = [p for p, new in zip(batch.prompt_ids, new_S, strict=True) if new]
-        prompt_U, response_S = np.array([len(p) for p in prompts]), np.array([len(r) for r in batch.response_ids])
+        real = sum(map(len, responses))
+        if round_up:
+            prompts.append(np.resize(prompts[0], missing(sum(map(len, prompts)))))
+            responses.append(np.resize(responses[0], missing(real)))
+            new_S.append(True)
+        unit_S = np.cumsum(new_S) - 1
+        prompt_U, response_S = np.array([len(p) for p in prompts]), np.array([len(r) for r in responses])
         starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_U, response_S]))])
         prompt_at_U, response_at_S, prompt_tokens = starts[: len(prompts)], starts[len(prompts) : -1], prompt_U.sum()
         answers_U = np.bincount(unit_S, weights=response_S).astype(np.int64)
 
-        ids = np.concatenate([*prompts, *batch.response_ids])
-        sequence_T = np.repeat(np.arange(count), response_S)
+        ids = np.concatenate([*prompts, *responses])
+        sequence_T = np.repeat(np.arange(len(responses)), response_S)
         within_T = prompt_tokens + np.arange(len(sequence_T)) - response_at_S[sequence_T]
         prompt_S = prompt_U[unit_S]
         within_N = np.arange(prompt_tokens) - np.repeat(prompt_at_U, prompt_U)
@@ -146,37 +165,65 @@ class MicroBatch:
         before_T = np.arange(prompt_tokens, len(ids)) - 1
         last_of_prompt_T = (prompt_at_U + prompt_U)[unit_S][sequence_T] - 1
         extras = {name: np.concatenate(values) for name, values in batch.per_token.items()}
-        extras |= {name: values[sequence_T] for name, values in batch.per_sequence.items()}
-
-        column_L = np.arange((prompt_S + response_S).max())[None]
-        in_prompt_SL = column_L < prompt_S[:, None]
-        whole_SL = np.where(in_prompt_SL, prompt_at_U[unit_S][:, None], (response_at_S - prompt_S)[:, None]) + column_L
-        whole_SL[column_L >= (prompt_S + response_S)[:, None]] = 0
-        row_N = np.concatenate([np.repeat(np.flatnonzero(new_S), prompt_U), sequence_T])
+        extras |= {name: values[sequence_T[:real]] for name, values in batch.per_sequence.items()}
 
         def to(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-            return torch.as_tensor(x, dtype=dtype).to(device, non_blocking=True)
+            tensor = torch.as_tensor(x, dtype=dtype)
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
         position_ids_N = to(positions, torch.int64)
+        cu_prompts, cu_answers = starts[: len(prompts) + 1], np.concatenate([[0], answers_U.cumsum()])
+        max_seqlen, max_answers = max(prompt_U.max(), response_S.max()), answers_U.max()
+        if round_up:  # sequences of no tokens follow; the longest is as long as the one that fills up may be
+            most = quantum(prompt_tokens), quantum(len(sequence_T))
+            max_seqlen, max_answers = power_of_two(max(max_seqlen, *most)), power_of_two(max(max_answers, *most))
+            cu_prompts, cu_answers = (
+                np.pad(x, (0, power_of_two(len(x)) - len(x)), "edge") for x in (cu_prompts, cu_answers)
+            )
+            starts = np.pad(starts, (0, power_of_two(len(starts)) - len(starts)), "edge")
+        attention = {
+            "cu_seqlens": to(starts, torch.int32),
+            "cu_prompts": to(cu_prompts, torch.int32),
+            "cu_answers": to(cu_answers, torch.int32),
+            "prompt_tokens": int(prompt_tokens),
+            "max_seqlen": int(max_seqlen),
+            "max_answers": int(max_answers),
+        }
+        if not flash:
+            column_L = np.arange((prompt_S + response_S).max())[None]
+            prompt_SL, response_SL = (
+                prompt_at_U[unit_S][:, None] + column_L,
+                (response_at_S - prompt_S)[:, None] + column_L,
+            )
+            whole_SL = np.where(column_L < prompt_S[:, None], prompt_SL, response_SL)
+            whole_SL[column_L >= (prompt_S + response_S)[:, None]] = 0
+            row_N = np.concatenate([np.repeat(np.flatnonzero(new_S), prompt_U), sequence_T])
+            attention |= {"whole_SL": to(whole_SL, torch.int64), "row_N": to(row_N, torch.int64)}
+            attention["column_N"] = position_ids_N
         return cls(
             input_ids_N=to(ids, torch.int64),
             position_ids_N=position_ids_N,
-            attention={
-                "cu_seqlens": to(starts, torch.int32),
-                "cu_prompts": to(starts[: len(prompts) + 1], torch.int32),
-                "cu_answers": to(np.concatenate([[0], answers_U.cumsum()]), torch.int32),
-                "prompt_tokens": int(prompt_tokens),
-                "max_seqlen": int(max(prompt_U.max(), response_S.max())),
-                "max_answers": int(answers_U.max()),
-                "whole_SL": to(whole_SL, torch.int64),
-                "row_N": to(row_N, torch.int64),
-                "column_N": position_ids_N,
-            },
+            attention=attention,
             predict_T=to(np.where(within_T == 0, last_of_prompt_T, before_T), torch.int64),
             target_T=to(ids[prompt_tokens:], torch.int64),
-            sequence_T=to(sequence_T, torch.int64),
+            sequence_T=to(sequence_T[:real], torch.int64),
             extras_T={name: to(values, torch.float32) for name, values in extras.items()},
         )
+
+
+def quantum(tokens: int) -> int:
+    """Of which round numbers near `tokens` are multiples: four of them an octave, none below 128."""
+    return 1 << max(7, int(tokens).bit_length() - 3)
+
+
+def missing(tokens: int) -> int:
+    """To the next round number, at least 1."""
+    return quantum(tokens) - tokens % quantum(tokens)
+
+
+def power_of_two(n: int) -> int:
+    """The next one, or `n`."""
+    return 1 << (int(n) - 1).bit_length()
 
 
 # ---------------------------------------------------------------- model
@@ -201,23 +248,23 @@ def packed_attention(
     prompt_tokens: int,
     max_seqlen: int,
     max_answers: int,
-    whole_SL: torch.Tensor,
-    row_N: torch.Tensor,
-    column_N: torch.Tensor,
+    whole_SL: torch.Tensor | None = None,
+    row_N: torch.Tensor | None = None,
+    column_N: torch.Tensor | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention that does not cross sequences. query [1, heads, N, head_dim] to output [1, N, heads, head_dim].
 
-    16-bit types on a GPU run flash attention (`SharedAttention`). Otherwise whole sequences are padded on the
-    right into a [S, heads, longest, head_dim] batch, where a causal mask never lets a real token see padding.
+    Without `whole_SL` flash attention runs (`SharedAttention`). Otherwise whole sequences are padded on the right into
+    a [S, heads, longest, head_dim] batch, where a causal mask never lets a real token see padding.
     """
     if sliding_window is not None:
         raise NotImplementedError(
             f"{type(module).__name__} has sliding-window attention, which packing does not do yet"
         )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
-    if query.is_cuda and query.dtype != torch.float32:
+    if whole_SL is None:
         query, key, value = (x.contiguous() for x in (query, key, value))
         places = (cu_seqlens, cu_prompts, cu_answers, prompt_tokens, max_seqlen, max_answers)
         return SharedAttention.apply(query, key, value, *places, scaling)[None], None

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import AutoTokenizer
 
 from config import Config, PolicyCfg
+from cuda_graph import GraphedModel
 from model import MicroBatch, Sequences, add_partial_gradients, build_model, pack
 from refit import Layout, Route, WeightSender, broadcast_group, full
 
@@ -49,6 +50,8 @@ class PolicyWorker:
         self.keep_reference = keep_reference
         self.device = torch.device(device)
         self.steps_done = 0
+        self.flash = self.device.type == "cuda" and cfg.precision != "float32"
+        self.graphed: GraphedModel | None = None
         # float16 gradients below 6e-8 are lost: the loss is scaled up by what does not overflow (it only ever falls).
         self.loss_scale = 2.0**16 if cfg.precision == "float16" else 1.0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -101,7 +104,8 @@ class PolicyWorker:
         still loading, instead of in the first step.
 
         torch.compile splits sums over tokens (the gradients of the norms) into as many parts as suit the number it
-        sees first, so that is `tokens`. `logprobs`: also for the pass without gradient.
+        sees first, so that is `tokens`. `logprobs`: also for the pass without gradient. From then on updates are CUDA
+        graphs, where the configuration says so and this is the only rank.
         """
         ids = np.zeros(tokens // 6, dtype=np.int64)
         # No two sizes of this are the same or one, so that none is taken for another or for a constant.
@@ -110,12 +114,14 @@ class PolicyWorker:
         def loss_fn(logprobs_T: torch.Tensor, sequence_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return logprobs_T.mean(), {"loss": logprobs_T.mean()}
 
-        totals = self._gradients([MicroBatch.build(batch, self.device)], loss_fn, {})
-        clip_gradients(self.weights, self.cfg.max_grad_norm, self.loss_scale)
+        totals = self._gradients([batch], loss_fn, {})
+        clip_gradients(self.weights, self._local_gradients(), self.cfg.max_grad_norm, self.loss_scale)
         reduce_metrics(totals, self.mesh["dp"].get_group())
         self._drop_gradients()
         if logprobs:
             self.logprobs(batch)
+        if self.cfg.dtensor_cfg.cuda_graphs and self.world_size == 1:
+            self.graphed = GraphedModel(self.model, self.weights)
         gc.collect()
         gc.freeze()  # going through all that torch.compile made took half a second every 70 to 170 updates
         atexit.register(gc.unfreeze)  # for an orderly end
@@ -128,13 +134,18 @@ class PolicyWorker:
         for p in itertools.chain(self.weights, self.shards):
             p.grad = None
 
-    def _micro_batches(self, batch: Sequences) -> list[tuple[list[int], MicroBatch]]:
-        """This rank's share of `batch`, each with the indices of its sequences."""
+    def _local_gradients(self) -> list[torch.Tensor]:
+        """This rank's shards of the gradients, also where the optimizer looks for them."""
+        for shard, p in zip(self.shards, self.weights, strict=True):
+            shard.grad = None if p.grad is None else p.grad.to_local()
+        return [shard.grad for shard in self.shards if shard.grad is not None]
+
+    def _micro_batches(self, batch: Sequences) -> list[list[int]]:
+        """This rank's share of `batch`, as indices of sequences."""
         packing = self.cfg.sequence_packing
         budget = packing.train_mb_tokens if packing.enabled else 1  # 1: every sequence is alone
         parts, lengths = batch.by_prompt(budget // 4)  # small enough to fill micro-batches evenly
-        mine = [[i for part in mb for i in parts[part]] for mb in pack(lengths, budget, self.dp_size)[self.dp_rank]]
-        return [(indices, MicroBatch.build(batch.take(indices), self.device)) for indices in mine]
+        return [[i for part in mb for i in parts[part]] for mb in pack(lengths, budget, self.dp_size)[self.dp_rank]]
 
     def update(
         self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any], trace: str | None = None
@@ -153,10 +164,11 @@ class PolicyWorker:
         return self._update(batch, loss_fn, loss_kwargs)
 
     def _update(self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any]) -> dict[str, float]:
-        micro_batches = self._micro_batches(batch)
+        micro_batches = [batch.take(indices) for indices in self._micro_batches(batch)]
         while True:
-            totals = self._gradients([mb for _, mb in micro_batches], loss_fn, loss_kwargs)
-            grad_norm = clip_gradients(self.weights, self.cfg.max_grad_norm, self.loss_scale)
+            totals = self._gradients(micro_batches, loss_fn, loss_kwargs)
+            local = self._local_gradients()
+            grad_norm = clip_gradients(self.weights, local, self.cfg.max_grad_norm, self.loss_scale)
             metrics = reduce_metrics(totals, self.mesh["dp"].get_group())
             finite = torch.isfinite(grad_norm).item()  # the same on every rank
             if finite or self.loss_scale == 1 or not math.isfinite(metrics["loss"]):
@@ -165,29 +177,32 @@ class PolicyWorker:
             self._drop_gradients()
         lr = self._schedule()
         if finite:  # otherwise the weights stay as they were
-            for shard, p in zip(self.shards, self.weights, strict=True):
-                shard.grad = None if p.grad is None else p.grad.to_local()
             self.optimizer.step()
             self.steps_done += 1
         self._drop_gradients()
         return metrics | {"grad_norm": grad_norm.item(), "lr": lr, "micro_batches": len(micro_batches)}
 
     def _gradients(
-        self, micro_batches: list[MicroBatch], loss_fn: Callable, loss_kwargs: dict[str, Any]
+        self, micro_batches: list[Sequences], loss_fn: Callable, loss_kwargs: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
         """Leave the batch's gradients, times `loss_scale`, in the parameters; returns this rank's metrics."""
         totals: dict[str, torch.Tensor] = {}
         scale = self.dp_size * self.loss_scale  # FSDP averages over ranks; the loss is divided by global counts already
-        for i, mb in enumerate(micro_batches):
-            if len(micro_batches) > 1:  # (each of these walks through all modules)
+        if self.graphed:
+            self.graphed.start()
+        for i, sequences in enumerate(micro_batches):  # packed one by one: the GPU is busy with those before
+            mb = MicroBatch.build(sequences, self.device, self.flash, round_up=self.graphed is not None)
+            if len(micro_batches) > 1 and not self.graphed:  # (each of these walks through all modules)
                 last = i == len(micro_batches) - 1
                 self.model.set_requires_gradient_sync(last)  # reduce gradients once per optimizer step
                 self.model.set_reshard_after_backward(last or self.cfg.dtensor_cfg.reshard_after_forward)
-            logprobs_T = self.model(mb, self.cfg.generation.temperature)
+            logprobs_T = (self.graphed or self.model)(mb, self.cfg.generation.temperature)[: len(mb.sequence_T)]
             loss, metrics = loss_fn(logprobs_T, sequence_T=mb.sequence_T, **mb.extras_T, **loss_kwargs)
             (loss * scale).backward()
             merge_metrics(totals, metrics)
             self._clear_cache(i)
+        if self.graphed:
+            self.graphed.finish()
         add_partial_gradients(self.model.lm, self.mesh["tp"])
         return totals
 
@@ -201,7 +216,8 @@ class PolicyWorker:
         for weight, start in zip(self._local_weights(), self.reference if reference else [], strict=reference):
             weight.copy_(start)
         found = {}
-        for indices, mb in self._micro_batches(batch):
+        for indices in self._micro_batches(batch):
+            mb = MicroBatch.build(batch.take(indices), self.device, self.flash)
             values = self.model(mb, self.cfg.generation.temperature).cpu().numpy()
             lengths = [len(batch.response_ids[i]) for i in indices]
             found |= dict(zip(indices, np.split(values, np.cumsum(lengths)[:-1]), strict=True)) if indices else {}
@@ -367,14 +383,15 @@ def sharded_like(weight: DTensor, shard: torch.Tensor) -> DTensor:
     return DTensor.from_local(shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
-def clip_gradients(parameters: Any, max_norm: float, loss_scale: float = 1.0) -> torch.Tensor:
-    """Divide all gradients by `loss_scale`, and by what brings their global norm below `max_norm`; returns the norm
-    before the latter.
+def clip_gradients(
+    weights: list[nn.Parameter], local: list[torch.Tensor], max_norm: float, loss_scale: float = 1.0
+) -> torch.Tensor:
+    """Divide the gradients of `weights`, of which `local` are this rank's shards, by `loss_scale`, and by what brings
+    their global norm below `max_norm`; returns the norm before the latter.
 
-    Local norms are put together once for all parameters that are split alike: on DTensors each would be a dispatch.
+    Local norms are put together once for all weights that are split alike: on DTensors each would be a dispatch.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    local = [g.to_local() for g in grads]
+    grads = [w.grad for w in weights if w.grad is not None]
     alike: dict[Any, list[torch.Tensor]] = {}
     for grad, norm in zip(grads, torch._foreach_norm(local), strict=True):
         alike.setdefault((grad.device_mesh, grad.placements), []).append(norm)

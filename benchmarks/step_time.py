@@ -42,11 +42,12 @@ NO_CHECKPOINTING = [
     "policy.dtensor_cfg.reshard_after_forward=false",
 ]
 TWO_ENGINES = [  # a GPU: they share out vLLM's Python; each with KV cache for half of 512 answers
-    "policy.generation.engines_per_gpu=2", "policy.generation.vllm_cfg.kv_cache_memory_bytes=12884901888",
+    "policy.generation.engines_per_gpu=2", "policy.generation.vllm_cfg.kv_cache_memory_bytes=11274289152",
 ]  # fmt: skip
+AWAKE = ["policy.generation.colocated.sleep=false"]  # memory given back to an engine has to be asked for again
 SETTINGS = {  # what fits one H100 (qwen3-4b: one H200); further overrides come after these
     "tiny": ["policy.sequence_packing.train_mb_tokens=1024"],
-    "qwen3-0.6b": [*NO_CHECKPOINTING, *TWO_ENGINES, "policy.sequence_packing.train_mb_tokens=24576"],
+    "qwen3-0.6b": [*NO_CHECKPOINTING, *TWO_ENGINES, *AWAKE, "policy.sequence_packing.train_mb_tokens=20480"],
     "qwen3-1.7b": [*NO_CHECKPOINTING, *TWO_ENGINES, "policy.sequence_packing.train_mb_tokens=12288"],
     "qwen3-4b": ["policy.dtensor_cfg.reshard_after_forward=false", "policy.sequence_packing.train_mb_tokens=16384"],
 }

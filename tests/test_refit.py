@@ -257,10 +257,10 @@ def test_shared_prompt_attention_equals_padded_attention():
     prompts = [np.arange(n) for n in (5, 130, 64)]
     answers = [np.zeros(n, dtype=int) for n in (3, 1, 70, 200, 33, 64)]
     batch = Sequences([prompts[i] for i in (0, 0, 1, 1, 1, 2)], answers, {}, {})
-    mb = MicroBatch.build(batch, torch.device("cuda"))
+    flash, padded = (MicroBatch.build(batch, torch.device("cuda"), flash=flash) for flash in (True, False))
     results = []
-    inputs = [torch.randn(1, h, len(mb.input_ids_N), 64, device="cuda") for h in (6, 2, 2)]
-    for dtype in (torch.bfloat16, torch.float32):
+    inputs = [torch.randn(1, h, len(flash.input_ids_N), 64, device="cuda") for h in (6, 2, 2)]
+    for dtype, mb in ((torch.bfloat16, flash), (torch.float32, padded)):
         q, k, v = (x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs)
         out, _ = packed_attention(torch.nn.Module(), q, k, v, None, 0.125, **mb.attention)
         out.float().pow(2).sum().backward()

@@ -26,8 +26,8 @@ def key(default: Any, meaning: str) -> Any:
     """A dataclass field with its default and the sentence that `--help` prints."""
     if dataclasses.is_dataclass(default):
         return field(default_factory=default, metadata={"help": meaning})
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": meaning})
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata={"help": meaning})
     return field(default=default, metadata={"help": meaning})
 
 
@@ -154,6 +154,7 @@ class Generation:
     top_k: int | None = key(None, "must be null in training, as above")
     engines_per_gpu: int = key(1, "several help small models, whose engine is bound by Python, not by the GPU")
     vllm_cfg: VllmCfg = key(VllmCfg, "the vLLM engine")
+    vllm_kwargs: dict[str, Any] = key({}, "further arguments of vllm.LLM, as they are")
     colocated: Colocated = key(Colocated, "where the engines live")
 
 
@@ -292,7 +293,7 @@ def _known_paths() -> set[str]:
 
 def _check_known(tree: Any, where: str, prefix: str = "") -> None:
     """Raise ConfigError for the first key of a nested dict that the schema lacks."""
-    known = _known_paths()
+    known, free = _known_paths(), [name for name, f in schema_keys().items() if typing.get_origin(f.type) is dict]
     for name, value in tree.items():
         path = f"{prefix}{name}"
         if path not in known:
@@ -300,7 +301,7 @@ def _check_known(tree: Any, where: str, prefix: str = "") -> None:
             near = same_leaf or difflib.get_close_matches(path, sorted(known), n=1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else "; `--help` lists every key"
             raise ConfigError(f"unknown key '{path}' in {where}{hint}")
-        if isinstance(value, dict):
+        if isinstance(value, dict) and path not in free:
             _check_known(value, where, f"{path}.")
         elif any(k.startswith(f"{path}.") for k in known):
             raise ConfigError(f"'{path}' in {where} is a section; set one of its keys, such as {path}.key=value")

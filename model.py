@@ -107,8 +107,8 @@ class MicroBatch:
     - without flash attention also whole_SL [sequences, longest]: where the tokens of each whole sequence lie; row_N,
       column_N: the reverse, for a prompt in the first of its sequences
 
-    With `round_up` a further sequence, which nothing looks at, fills prompts and responses up to round numbers of
-    tokens, so that few shapes occur (for cuda_graph.py); `sequence_T` and `extras_T` are without it.
+    With `round_up` a further prompt and responses to it, which nothing looks at, fill both up to round numbers of
+    tokens, so that few shapes occur (for cuda_graph.py); `sequence_T` and `extras_T` are without them.
     """
 
     input_ids_N: torch.Tensor
@@ -146,10 +146,13 @@ class MicroBatch:
         new_S = [i == 0 or not np.array_equal(p, batch.prompt_ids[i - 1]) for i, p in enumerate(batch.prompt_ids)]
         prompts = [p for p, new in zip(batch.prompt_ids, new_S, strict=True) if new]
         real = sum(map(len, responses))
+        max_seqlen = max(map(len, [*prompts, *responses]))
         if round_up:
             prompts.append(np.resize(prompts[0], missing(sum(map(len, prompts)))))
-            responses.append(np.resize(responses[0], missing(real)))
-            new_S.append(True)
+            max_seqlen, fill = power_of_two(max(max_seqlen, quantum(sum(map(len, prompts))))), missing(real)
+            pieces = [min(max_seqlen, fill - start) for start in range(0, fill, max_seqlen)]
+            responses += [np.resize(responses[0], length) for length in pieces]
+            new_S += [i == 0 for i in range(len(pieces))]
         unit_S = np.cumsum(new_S) - 1
         prompt_U, response_S = np.array([len(p) for p in prompts]), np.array([len(r) for r in responses])
         starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_U, response_S]))])
@@ -173,14 +176,12 @@ class MicroBatch:
 
         position_ids_N = to(positions, torch.int64)
         cu_prompts, cu_answers = starts[: len(prompts) + 1], np.concatenate([[0], answers_U.cumsum()])
-        max_seqlen, max_answers = max(prompt_U.max(), response_S.max()), answers_U.max()
-        if round_up:  # sequences of no tokens follow; the longest is as long as the one that fills up may be
-            most = quantum(prompt_tokens), quantum(len(sequence_T))
-            max_seqlen, max_answers = power_of_two(max(max_seqlen, *most)), power_of_two(max(max_answers, *most))
-            cu_prompts, cu_answers = (
-                np.pad(x, (0, power_of_two(len(x)) - len(x)), "edge") for x in (cu_prompts, cu_answers)
+        max_answers = answers_U.max()
+        if round_up:  # sequences of no tokens follow
+            max_answers = power_of_two(max(max_answers, quantum(len(sequence_T))))
+            starts, cu_prompts, cu_answers = (
+                np.pad(x, (0, power_of_four(len(x)) - len(x)), "edge") for x in (starts, cu_prompts, cu_answers)
             )
-            starts = np.pad(starts, (0, power_of_two(len(starts)) - len(starts)), "edge")
         attention = {
             "cu_seqlens": to(starts, torch.int32),
             "cu_prompts": to(cu_prompts, torch.int32),
@@ -212,8 +213,8 @@ class MicroBatch:
 
 
 def quantum(tokens: int) -> int:
-    """Of which round numbers near `tokens` are multiples: four of them an octave, none below 128."""
-    return 1 << max(7, int(tokens).bit_length() - 3)
+    """Of which round numbers near `tokens` are multiples: two of them an octave, none below 128."""
+    return 1 << max(7, int(tokens).bit_length() - 2)
 
 
 def missing(tokens: int) -> int:
@@ -224,6 +225,11 @@ def missing(tokens: int) -> int:
 def power_of_two(n: int) -> int:
     """The next one, or `n`."""
     return 1 << (int(n) - 1).bit_length()
+
+
+def power_of_four(n: int) -> int:
+    """The next one, or `n`."""
+    return 4 ** -(-(int(n) - 1).bit_length() // 2)
 
 
 # ---------------------------------------------------------------- model
@@ -424,7 +430,7 @@ class TokenLogprobs(torch.autograd.Function):
                 logits = TokenLogprobs.logits(hidden[part], weight)
                 difference = TokenLogprobs.gradient(logits, target[part], sums[part], ctx.temperature, hidden.dtype)
             grad_hidden[part] = (difference @ weight) * grad[part]
-            grad_weight += float32_product(difference.t(), (hidden[part] * grad[part]).to(hidden.dtype))
+            add_float32_product(grad_weight, difference.t(), (hidden[part] * grad[part]).to(hidden.dtype))
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
     @staticmethod
@@ -455,6 +461,14 @@ def float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def add_float32_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a.float() @ b.float()
 
 
 class LogprobModel(nn.Module):

@@ -87,6 +87,7 @@ class RolloutWorker:
             enable_sleep_mode=device == "cuda" and generation.colocated.enabled and generation.colocated.sleep,
             logprobs_mode="processed_logprobs",  # after temperature, like the trainer's
             disable_log_stats=True,
+            **generation.vllm_kwargs,
         )
         self.engine = self.llm.llm_engine
 

@@ -315,7 +315,9 @@ def update(run: "Run", samples: list[Sample], advantages_S: torch.Tensor) -> dic
     cfg, size = run.cfg, run.cfg.policy.train_global_batch_size
     needs_reference = cfg.loss_fn.reference_policy_kl_penalty > 0
     train_S = np.array([s.verified and not (cfg.grpo.overlong_filtering and s.truncated) for s in samples])
-    masks = [np.isfinite(s.rollout_logprobs) & on for s, on in zip(samples, train_S, strict=True)]
+    finite = [np.isfinite(s.rollout_logprobs) for s in samples]
+    masks = [f & on for f, on in zip(finite, train_S, strict=True)]
+    valid_S = [np.count_nonzero(mask) for mask in masks]  # tokens
     # Without a KL term an answer without advantage has no gradient: skip it, but keep it in the denominators.
     active = [i for i in range(len(samples)) if train_S[i] and (advantages_S[i] != 0 or needs_reference)]
     batch = Sequences(
@@ -336,8 +338,8 @@ def update(run: "Run", samples: list[Sample], advantages_S: torch.Tensor) -> dic
         mine = [k for k, i in enumerate(active) if i in step]
         if mine:
             counts = {
-                "num_valid_tokens": float(sum(masks[i].sum() for i in step)),
-                "num_valid_sequences": float(sum(masks[i].any() for i in step)),
+                "num_valid_tokens": float(sum(valid_S[i] for i in step)),
+                "num_valid_sequences": float(sum(valid_S[i] > 0 for i in step)),
             }
             trace = run.log.trace_file(len(results))
             part = chosen.take(mine)
@@ -346,7 +348,7 @@ def update(run: "Run", samples: list[Sample], advantages_S: torch.Tensor) -> dic
             result = run.policy.update(part, grpo_loss, {"cfg": cfg.loss_fn, **counts}, trace)
             stop_if_not_finite(run, result, samples)
             results.append(result | {"trained_tokens": result["trained_token_fraction"] * counts["num_valid_tokens"]})
-    nonfinite = int(sum((~np.isfinite(s.rollout_logprobs)).sum() for s in samples))
+    nonfinite = int(sum(len(f) - np.count_nonzero(f) for f in finite))
     cost = run.limits.training([samples[i].prompt for i in active], *lengths([samples[i] for i in active]))
     return combine_steps(results) | cost | {"num_nonfinite_logprobs": nonfinite, "num_optimizer_steps": len(results)}
 

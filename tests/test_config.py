@@ -57,6 +57,14 @@ def test_the_tutorials_command_line_is_accepted():
     assert cfg.logger.wandb.project == "me-math"
 
 
+def test_arguments_for_vllm_are_passed_on_as_they_are():
+    name = "policy.generation.vllm_kwargs"
+    cfg = load_config(RECIPE, [f"{name}.attention_config.backend=TRITON_ATTN", f"{name}.block_size=32"])
+    assert cfg.policy.generation.vllm_kwargs == {"attention_config": {"backend": "TRITON_ATTN"}, "block_size": 32}
+    with pytest.raises(ConfigError, match="vllm_kwargs"):
+        load_config(RECIPE, [f"{name}=3"])
+
+
 def test_where_ranks_and_engines_are():
     """GPUs are counted over nodes; apart, the engines have the last ones of each node."""
     cfg = load_config(RECIPE, ["cluster.num_nodes=2", "cluster.gpus_per_node=2"])

@@ -47,7 +47,7 @@ TWO_ENGINES = [  # a GPU: they share out vLLM's Python; each with KV cache for h
 AWAKE = ["policy.generation.colocated.sleep=false"]  # memory given back to an engine has to be asked for again
 SETTINGS = {  # what fits one H100 (qwen3-4b: one H200); further overrides come after these
     "tiny": ["policy.sequence_packing.train_mb_tokens=1024"],
-    "qwen3-0.6b": [*NO_CHECKPOINTING, *TWO_ENGINES, *AWAKE, "policy.sequence_packing.train_mb_tokens=23040"],
+    "qwen3-0.6b": [*NO_CHECKPOINTING, *TWO_ENGINES, *AWAKE, "policy.sequence_packing.train_mb_tokens=17408"],
     "qwen3-1.7b": [*NO_CHECKPOINTING, *TWO_ENGINES, "policy.sequence_packing.train_mb_tokens=12288"],
     "qwen3-4b": ["policy.dtensor_cfg.reshard_after_forward=false", "policy.sequence_packing.train_mb_tokens=16384"],
 }

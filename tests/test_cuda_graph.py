@@ -93,8 +93,10 @@ def test_recorded_passes_give_the_gradients_of_the_model(quickstart_overrides, p
     try:
         worker.compile(tokens=256, logprobs=False)
         graphed, shapes = worker.graphed, []
-        for count, seed in ((6, 0), (7, 1), (90, 2), (5, 3)):
-            batch, found = random_batch(count, seed), []
+        other_tokens = random_batch(6)
+        other_tokens.response_ids = [ids[::-1] for ids in other_tokens.response_ids]
+        for batch in (random_batch(6), other_tokens, random_batch(90), random_batch(5)):
+            found = []
             kwargs = {"cfg": cfg.loss_fn, **counts(batch)}
             parts = [batch.take(indices) for indices in worker._micro_batches(batch)]
             for worker.graphed in (None, graphed):
@@ -106,7 +108,7 @@ def test_recorded_passes_give_the_gradients_of_the_model(quickstart_overrides, p
             shapes.append((len(parts), len(graphed.passes)))
             worker.update(batch, grpo_loss, kwargs)
         assert shapes[0] == shapes[1] == (1, 1)  # the second was not recorded again
-        assert shapes[2][0] > 1
+        assert shapes[2][0] > 1  # micro-batches
         assert worker.steps_done == 4
     finally:
         torch.distributed.destroy_process_group()

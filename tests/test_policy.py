@@ -81,8 +81,10 @@ def rank_main(rank, world_size, address, cfg, batch, steps, folder):
     torch.distributed.destroy_process_group()
 
 
-def spawn(arguments, world_size):
-    ranks = mp.spawn(rank_main, arguments, world_size, join=False)
+def spawn(function, arguments, world_size):
+    """Ranks as processes, forked from one that has imported torch, which takes seconds."""
+    mp.get_context("forkserver").set_forkserver_preload(["policy", "train_grpo"])
+    ranks = mp.start_processes(function, arguments, world_size, join=False, start_method="forkserver")
     deadline = time.monotonic() + 90
     while not ranks.join(timeout=1):  # raises what a rank raised
         assert time.monotonic() < deadline, "the ranks did not finish"
@@ -94,7 +96,7 @@ def run_ranks(cfg, batch, world_size=1, steps=2):
         if world_size == 1:  # no other process to wait for: torch takes seconds to import
             rank_main(0, *arguments)
         else:
-            spawn(arguments, world_size)
+            spawn(rank_main, arguments, world_size)
         found = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
     merged = [functools.reduce(lambda a, b: a | b, (f[i] for f in found)) for i in (2, 3)]
     return found[0][0], found[0][1], *([m[i] for i in range(len(batch))] for m in merged)

@@ -9,16 +9,14 @@ import resource
 import shutil
 import subprocess
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-import torch.multiprocessing as mp
 from conftest import ROOT
-from test_policy import counts, free_address, random_batch
+from test_policy import counts, free_address, random_batch, spawn
 from test_run import BATCH, children, command, read, wait_for
 
 from checkpoint import Checkpoints, Position, kept_steps, publish, remove, steps_in
@@ -329,13 +327,6 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], but: st
         assert name.startswith(but) or torch.equal(a[name], b[name]), name
 
 
-def spawn(function, world_size: int, *args) -> None:
-    ranks = mp.spawn(function, (world_size, free_address(), *args), world_size, join=False)
-    deadline = time.monotonic() + 90
-    while not ranks.join(timeout=1):  # raises what a rank raised
-        assert time.monotonic() < deadline, "the ranks did not finish"
-
-
 def rank_that_saves(rank: int, world_size: int, address: str, cfg) -> None:
     worker = start_worker(cfg, rank, world_size, address)
     policy, checkpoints = InProcess(worker), Checkpoints(cfg)
@@ -376,7 +367,7 @@ def rank_that_saves(rank: int, world_size: int, address: str, cfg) -> None:
 
 @pytest.mark.slow
 def test_saving_holds_nothing_up_and_a_full_disk_loses_nothing(quickstart_overrides, tmp_path):
-    spawn(rank_that_saves, 1, config_of(tmp_path / "checkpoints", quickstart_overrides))
+    spawn(rank_that_saves, (1, free_address(), config_of(tmp_path / "checkpoints", quickstart_overrides)), 1)
 
 
 def ranks_that_save(rank: int, world_size: int, address: str, cfg, folder: str) -> None:
@@ -417,8 +408,10 @@ def test_what_two_ranks_saved_one_continues(quickstart_overrides, tmp_path, tens
     """The same weights and optimizer state exactly, and the same next step but for rounding."""
     same, two = "policy.optimizer.eps=1e-3", "cluster.cpu_ranks_per_node=2"
     tp = f"policy.dtensor_cfg.tensor_parallel_size={tensor_parallel}"
-    spawn(ranks_that_save, 2, config_of(tmp_path, quickstart_overrides, same, two, tp), str(tmp_path))
-    spawn(rank_that_continues, 1, config_of(tmp_path, quickstart_overrides, same), str(tmp_path))
+    spawn(
+        ranks_that_save, (2, free_address(), config_of(tmp_path, quickstart_overrides, same, two, tp), str(tmp_path)), 2
+    )
+    spawn(rank_that_continues, (1, free_address(), config_of(tmp_path, quickstart_overrides, same), str(tmp_path)), 1)
 
 
 # ---------------------------------------------------------------- what is kept, and when to stop

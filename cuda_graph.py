@@ -38,8 +38,8 @@ class GraphedModel:
             weight.grad = None
 
     def __call__(self, mb: MicroBatch, temperature: float) -> torch.Tensor:
-        """Log-probabilities [T], those of the sequence that fills up included. The backward pass must follow before the
-        next call."""
+        """Log-probabilities [T], those of what fills up included. The backward pass must follow before the next
+        call."""
         key = (*mb.shape(), temperature)
         if key not in self.passes:
             self.passes[key] = Pass(self, mb, temperature)
@@ -58,10 +58,9 @@ class Pass:
         how = {"pool": graphed.memory, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **how):
             logprobs_T = graphed.model(mb, temperature)
-            streams = (
-                graphed.model._get_fsdp_state()._comm_ctx
-            )  # FSDP lets them wait for this one; a recording ends as one
-            for stream in (streams.all_gather_copy_in_stream, streams.all_gather_stream):
+            # FSDP lets these wait for the present one; a recording ends when all are back in it.
+            context = graphed.model._get_fsdp_state()._comm_ctx
+            for stream in (context.all_gather_copy_in_stream, context.all_gather_stream):
                 torch.cuda.current_stream().wait_stream(stream)
         self.logprobs_T, self.grad_T = logprobs_T.detach(), torch.zeros_like(logprobs_T)
         with torch.cuda.graph(self.backward, **how):

@@ -34,7 +34,8 @@ from policy import Policy
 MAY_CHANGE = (
     "checkpointing.", "cluster.", "data.train_jsonl_fpath", "data.validation_jsonl_fpath", "env.judge_url",
     "env.reward_", "grpo.gate_patience", "grpo.max_", "grpo.num_val_", "grpo.val_", "logger.",
-    "policy.dtensor_cfg.", "policy.generation.colocated.", "policy.generation.vllm_cfg.", "policy.sequence_packing.",
+    "policy.dtensor_cfg.", "policy.generation.colocated.", "policy.generation.vllm_cfg.",
+    "policy.generation.vllm_kwargs.", "policy.sequence_packing.",
 )  # fmt: skip
 
 

@@ -148,11 +148,8 @@ class MicroBatch:
         real = sum(map(len, responses))
         max_seqlen = max(map(len, [*prompts, *responses]))
         if round_up:
-            prompts.append(np.resize(prompts[0], missing(sum(map(len, prompts)))))
-            max_seqlen, fill = power_of_two(max(max_seqlen, quantum(sum(map(len, prompts))))), missing(real)
-            pieces = [min(max_seqlen, fill - start) for start in range(0, fill, max_seqlen)]
-            responses += [np.resize(responses[0], length) for length in pieces]
-            new_S += [i == 0 for i in range(len(pieces))]
+            max_seqlen = fill_up(prompts, responses)
+            new_S += [i == 0 for i in range(len(responses) - len(new_S))]
         unit_S = np.cumsum(new_S) - 1
         prompt_U, response_S = np.array([len(p) for p in prompts]), np.array([len(r) for r in responses])
         starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_U, response_S]))])
@@ -191,13 +188,7 @@ class MicroBatch:
             "max_answers": int(max_answers),
         }
         if not flash:
-            column_L = np.arange((prompt_S + response_S).max())[None]
-            prompt_SL, response_SL = (
-                prompt_at_U[unit_S][:, None] + column_L,
-                (response_at_S - prompt_S)[:, None] + column_L,
-            )
-            whole_SL = np.where(column_L < prompt_S[:, None], prompt_SL, response_SL)
-            whole_SL[column_L >= (prompt_S + response_S)[:, None]] = 0
+            whole_SL = whole_sequences(prompt_at_U[unit_S], response_at_S, prompt_S, response_S)
             row_N = np.concatenate([np.repeat(np.flatnonzero(new_S), prompt_U), sequence_T])
             attention |= {"whole_SL": to(whole_SL, torch.int64), "row_N": to(row_N, torch.int64)}
             attention["column_N"] = position_ids_N
@@ -210,6 +201,29 @@ class MicroBatch:
             sequence_T=to(sequence_T[:real], torch.int64),
             extras_T={name: to(values, torch.float32) for name, values in extras.items()},
         )
+
+
+def whole_sequences(
+    prompt_at_S: np.ndarray, response_at_S: np.ndarray, prompt_S: np.ndarray, response_S: np.ndarray
+) -> np.ndarray:
+    """Places [S, longest] of the tokens of each prompt and response, of which starts and lengths are given; 0 after the
+    end."""
+    column_L = np.arange((prompt_S + response_S).max())[None]
+    prompt_SL = prompt_at_S[:, None] + column_L
+    response_SL = (response_at_S - prompt_S)[:, None] + column_L
+    whole_SL = np.where(column_L < prompt_S[:, None], prompt_SL, response_SL)
+    whole_SL[column_L >= (prompt_S + response_S)[:, None]] = 0
+    return whole_SL
+
+
+def fill_up(prompts: list[np.ndarray], responses: list[np.ndarray]) -> int:
+    """Add a prompt, and responses to it, that make the tokens of both round numbers, of tokens as they are there
+    already. Returns the most tokens that one may have in such a shape."""
+    longest, fill = max(map(len, [*prompts, *responses])), missing(sum(map(len, responses)))
+    prompts.append(np.resize(prompts[0], missing(sum(map(len, prompts)))))
+    longest = power_of_two(max(longest, quantum(sum(map(len, prompts)))))
+    responses += [np.resize(responses[0], min(longest, fill - start)) for start in range(0, fill, longest)]
+    return longest
 
 
 def quantum(tokens: int) -> int:

@@ -234,7 +234,9 @@ def test_samples_depend_on_the_seed_alone_and_engines_differ(pair, gpus):
     overrides = [f"cluster.gpus_per_node={gpus}"] + (
         ["policy.precision=bfloat16"] if gpus else ["cluster.cpu_ranks_per_node=2"]
     )
-    cfg, policy, engines = pair(*overrides)
+    cfg, policy, engines = pair(*overrides, "policy.generation.vllm_kwargs.scheduling_policy=priority")
+    scheduler = engines.workers[0].__ray_call__.remote(lambda worker: worker.engine.vllm_config.scheduler_config.policy)
+    assert ray.get(scheduler, timeout=60) == "priority"  # further arguments reach the engine
     prompts = [[7, 8, 9]] * 4
 
     def draw(seed: int) -> list[list[int]]:

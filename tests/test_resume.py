@@ -261,7 +261,10 @@ def test_another_experiment_is_refused(opened, override, words):
 
 @pytest.mark.slow
 def test_more_steps_other_limits_and_other_machines_are_accepted(opened, capsys):
-    checkpoints = opened("grpo.max_num_steps=99", "logger.num_rollouts_to_save=0", "cluster.cpu_ranks_per_node=2")
+    engine = "policy.generation.vllm_kwargs.block_size=32"
+    checkpoints = opened(
+        "grpo.max_num_steps=99", "logger.num_rollouts_to_save=0", "cluster.cpu_ranks_per_node=2", engine
+    )
     assert checkpoints.position.step == STEPS
     assert "1 ranks became 2: weights and optimizer state are redistributed" in capsys.readouterr().out
 

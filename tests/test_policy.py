@@ -255,6 +255,16 @@ def test_nonfinite_engine_logprobs_are_masked_and_counted(start_run):
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+def test_an_answer_that_was_not_verified_is_not_counted(start_run):
+    """Of three answers weighed alike two count: the mean is over those."""
+    run = start_run("policy.optimizer.lr=0", "loss_fn.token_level_loss=false")
+    samples = [sample(0, [7], ids, False, 1.0) for ids in ([40, 41, 42, 43], [40, 41, 42], [44, 45])]
+    samples[2].status = "timeout"
+    assert not samples[2].verified
+    metrics = update(run, samples, torch.tensor([1.0, -0.5, 0.0]))
+    assert metrics["loss"] == pytest.approx(-(1.0 - 0.5) / 2, rel=1e-6)
+
+
 def test_answers_without_advantage_cost_nothing_and_change_nothing(start_run):
     """Half of a batch has advantage 0: the same loss and gradient as with everything run through the model (which a
     KL term of weight 1e-30 forces), half of the tokens trained, and means over those."""

@@ -1,5 +1,6 @@
 """The weights that vLLM samples with are the policy's, after every refit: the test that the whole pipeline hangs on."""
 
+import re
 import threading
 
 import numpy as np
@@ -225,6 +226,16 @@ def test_each_engine_gets_a_handle_of_its_own(by):
         ray.shutdown()
     assert got == list(zip(taken, joined, strict=True))
     assert "did not answer within cluster.timeout_s" in explain(late.value)
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_start_says_why(pair):
+    """In one line: what vLLM says of an argument, not where Ray was at the time."""
+    with pytest.raises(ray.exceptions.ActorDiedError) as dead:
+        pair("policy.generation.vllm_kwargs.nonsense=1")
+    start, what = explain(dead.value).split(": ", 1)
+    assert start == "a policy or rollout actor could not start"
+    assert re.fullmatch(r"TypeError: .*unexpected keyword argument 'nonsense'", what)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from attention import SharedAttention
 from config import PolicyCfg
 
 GROUP_WEIGHTS = 1 << 27  # of decoder layers that FSDP gathers and reduces together, at most
@@ -100,11 +101,10 @@ class MicroBatch:
     `predict_T` points at the position whose output predicts each token. `attention` is what `packed_attention` needs
     to know of where things lie:
     - cu_seqlens: int32 [prompts + sequences + 1], where each prompt, then each response starts
-    - cu_prompts, cu_answers: int32 [prompts + 1], the same of the prompts, and of all responses to each prompt, counted
-      from the first response
-    - prompt_tokens: of all prompts; max_seqlen: of the longest prompt or response; max_answers: the most that the
-      responses to one prompt have together
-    - without flash attention also whole_SL [sequences, longest]: where the tokens of each whole sequence lie; row_N,
+    - prompt_of: int32 [prompts + sequences], the number of each response's prompt; -1 for a prompt
+    - cu_answers: int32 [prompts + 1], where the responses to each prompt start, counted from the first of all
+    - prompt_tokens: of all prompts; max_seqlen: of the longest prompt or response
+    - without the kernels also whole_SL [sequences, longest]: where the tokens of each whole sequence lie; row_N,
       column_N: the reverse, for a prompt in the first of its sequences
 
     With `round_up` a further prompt and responses to it, which nothing looks at, fill both up to round numbers of
@@ -120,7 +120,7 @@ class MicroBatch:
     extras_T: dict[str, torch.Tensor]
 
     def inputs(self) -> list[torch.Tensor]:
-        """What the model reads, for flash attention."""
+        """What the model reads, for the kernels."""
         places = [value for value in self.attention.values() if isinstance(value, torch.Tensor)]
         return [self.input_ids_N, self.position_ids_N, self.predict_T, self.target_T, *places]
 
@@ -130,10 +130,12 @@ class MicroBatch:
         return *(len(tensor) for tensor in self.inputs()), *numbers
 
     @classmethod
-    def build(cls, batch: Sequences, device: torch.device, flash: bool = False, round_up: bool = False) -> "MicroBatch":
-        """Pack `batch`, for flash attention or without; neighbours with the same prompt share it. An empty one becomes
-        two masked tokens (of one torch.compile would make a special case), so that every rank runs the same
-        collectives."""
+    def build(
+        cls, batch: Sequences, device: torch.device, kernels: bool = False, round_up: bool = False
+    ) -> "MicroBatch":
+        """Pack `batch`, for the kernels of attention.py or without; neighbours with the same prompt share it. An empty
+        one becomes two masked tokens (of one torch.compile would make a special case), so that every rank runs the
+        same collectives."""
         if not len(batch):
             zeros = np.zeros(2, dtype=np.int64)
             batch = Sequences(
@@ -172,22 +174,19 @@ class MicroBatch:
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
         position_ids_N = to(positions, torch.int64)
-        cu_prompts, cu_answers = starts[: len(prompts) + 1], np.concatenate([[0], answers_U.cumsum()])
-        max_answers = answers_U.max()
+        prompt_of, cu_answers = np.concatenate([[-1] * len(prompts), unit_S]), np.concatenate([[0], answers_U.cumsum()])
         if round_up:  # sequences of no tokens follow
-            max_answers = power_of_two(max(max_answers, quantum(len(sequence_T))))
-            starts, cu_prompts, cu_answers = (
-                np.pad(x, (0, power_of_four(len(x)) - len(x)), "edge") for x in (starts, cu_prompts, cu_answers)
-            )
+            more = power_of_four(len(starts)) - len(starts)
+            starts, prompt_of = (np.pad(x, (0, more), "edge") for x in (starts, prompt_of))
+            cu_answers = np.pad(cu_answers, (0, power_of_four(len(cu_answers)) - len(cu_answers)), "edge")
         attention = {
             "cu_seqlens": to(starts, torch.int32),
-            "cu_prompts": to(cu_prompts, torch.int32),
+            "prompt_of": to(prompt_of, torch.int32),
             "cu_answers": to(cu_answers, torch.int32),
             "prompt_tokens": int(prompt_tokens),
             "max_seqlen": int(max_seqlen),
-            "max_answers": int(max_answers),
         }
-        if not flash:
+        if not kernels:
             whole_SL = whole_sequences(prompt_at_U[unit_S], response_at_S, prompt_S, response_S)
             row_N = np.concatenate([np.repeat(np.flatnonzero(new_S), prompt_U), sequence_T])
             attention |= {"whole_SL": to(whole_SL, torch.int64), "row_N": to(row_N, torch.int64)}
@@ -263,11 +262,10 @@ def packed_attention(
     attention_mask: None,
     scaling: float,
     cu_seqlens: torch.Tensor,
-    cu_prompts: torch.Tensor,
+    prompt_of: torch.Tensor,
     cu_answers: torch.Tensor,
     prompt_tokens: int,
     max_seqlen: int,
-    max_answers: int,
     whole_SL: torch.Tensor | None = None,
     row_N: torch.Tensor | None = None,
     column_N: torch.Tensor | None = None,
@@ -276,8 +274,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention that does not cross sequences. query [1, heads, N, head_dim] to output [1, N, heads, head_dim].
 
-    Without `whole_SL` flash attention runs (`SharedAttention`). Otherwise whole sequences are padded on the right into
-    a [S, heads, longest, head_dim] batch, where a causal mask never lets a real token see padding.
+    Without `whole_SL` the kernels of attention.py run. Otherwise whole sequences are padded on the right into a
+    [S, heads, longest, head_dim] batch, where a causal mask never lets a real token see padding.
     """
     if sliding_window is not None:
         raise NotImplementedError(
@@ -286,98 +284,13 @@ def packed_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, head_dim]
     if whole_SL is None:
         query, key, value = (x.contiguous() for x in (query, key, value))
-        places = (cu_seqlens, cu_prompts, cu_answers, prompt_tokens, max_seqlen, max_answers)
+        places = (cu_seqlens, prompt_of, cu_answers, prompt_tokens, max_seqlen)
         return SharedAttention.apply(query, key, value, *places, scaling)[None], None
     out = F.scaled_dot_product_attention(
         *(x[whole_SL].transpose(1, 2) for x in (query, key, value)),
         is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return out.transpose(1, 2)[row_N, column_N][None], None
-
-
-class SharedAttention(torch.autograd.Function):
-    """Flash attention of a `MicroBatch`, [N, heads, head_dim].
-
-    Every prompt and every response attends to itself, causally; then all responses to a prompt attend to it. The two
-    parts of a response's softmax are put together by their log-sum-exps. In the backward pass, with the sums and output
-    of the whole softmax, the kernel gives each part's share: it recomputes a probability as exp(score - sum), and needs
-    the output only for grad . output.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        cu_prompts: torch.Tensor,
-        cu_answers: torch.Tensor,
-        prompt_tokens: int,
-        max_seqlen: int,
-        max_answers: int,
-        scale: float,
-    ) -> torch.Tensor:
-        n = prompt_tokens
-        out, sums, state = flash_forward(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True, scale)
-        more, more_sums, _ = flash_forward(
-            query[n:], key[:n], value[:n], cu_answers, cu_prompts, max_answers, max_seqlen, False, scale
-        )
-        combine = combine_parts if torch.compiler.is_compiling() or not query.is_cuda else fused(combine_parts)
-        out, sums = combine(out, sums, more, more_sums, n)
-        ctx.save_for_backward(query, key, value, out, sums, state, cu_seqlens, cu_prompts, cu_answers)
-        ctx.numbers = prompt_tokens, max_seqlen, max_answers, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        query, key, value, out, sums, state, cu_seqlens, cu_prompts, cu_answers = ctx.saved_tensors
-        n, max_seqlen, max_answers, scale = ctx.numbers
-        grad = grad.contiguous()
-        own = flash_backward(
-            grad, query, key, value, out, sums, state, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True, scale
-        )
-        more = flash_backward(
-            grad[n:], query[n:], key[:n], value[:n], out[n:], sums[:, n:].contiguous(), state,
-            cu_answers, cu_prompts, max_answers, max_seqlen, False, scale,
-        )  # fmt: skip
-        grad_query = torch.cat([own[0][:n], own[0][n:] + more[0]])
-        grad_key, grad_value = (torch.cat([a[:n] + b, a[n:]]) for a, b in zip(own[1:], more[1:], strict=True))
-        return grad_query, grad_key, grad_value, *[None] * 7
-
-
-def combine_parts(
-    out: torch.Tensor, sums: torch.Tensor, more: torch.Tensor, more_sums: torch.Tensor, start: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention outputs [N, heads, head_dim] and their log-sum-exps [heads, N], from token `start` on put together with
-    those over other keys."""
-    both = torch.logaddexp(sums[:, start:], more_sums)
-    share = (sums[:, start:] - both).exp().t()[..., None]
-    mean = torch.lerp(more.float(), out[start:].float(), share).to(out.dtype)
-    return torch.cat([out[:start], mean]), torch.cat([sums[:, :start], both], 1)
-
-
-def flash_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_query: torch.Tensor, cu_key: torch.Tensor,
-    max_query: int, max_key: int, causal: bool, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Output [N, heads, head_dim] and log-sum-exp [heads, N] of packed sequences, key-value heads may be fewer; and the
-    state of dropout, of which there is none."""
-    return torch.ops.aten._flash_attention_forward(
-        query, key, value, cu_query, cu_key, max_query, max_key, 0.0, causal, False, scale=scale
-    )[:3]
-
-
-def flash_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
-    sums: torch.Tensor, state: torch.Tensor, cu_query: torch.Tensor, cu_key: torch.Tensor, max_query: int,
-    max_key: int, causal: bool, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Its gradients of query, key and value."""
-    return torch.ops.aten._flash_attention_backward(
-        grad, query, key, value, out, sums, cu_query, cu_key, max_query, max_key, 0.0, causal,
-        state, query.new_empty(0), scale=scale,
-    )  # fmt: skip
 
 
 AttentionInterface.register("packed", packed_attention)

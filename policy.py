@@ -50,7 +50,7 @@ class PolicyWorker:
         self.keep_reference = keep_reference
         self.device = torch.device(device)
         self.steps_done = 0
-        self.flash = self.device.type == "cuda" and cfg.precision != "float32"
+        self.kernels = self.device.type == "cuda" and cfg.precision != "float32"
         self.graphed: GraphedModel | None = None
         # float16 gradients below 6e-8 are lost: the loss is scaled up by what does not overflow (it only ever falls).
         self.loss_scale = 2.0**16 if cfg.precision == "float16" else 1.0
@@ -144,7 +144,7 @@ class PolicyWorker:
         """This rank's share of `batch`, as indices of sequences."""
         packing = self.cfg.sequence_packing
         budget = packing.train_mb_tokens if packing.enabled else 1  # 1: every sequence is alone
-        parts, lengths = batch.by_prompt(budget // 4)  # small enough to fill micro-batches evenly
+        parts, lengths = batch.by_prompt(budget // 3)  # small enough to fill micro-batches evenly
         return [[i for part in mb for i in parts[part]] for mb in pack(lengths, budget, self.dp_size)[self.dp_rank]]
 
     def update(
@@ -191,7 +191,7 @@ class PolicyWorker:
         if self.graphed:
             self.graphed.start()
         for i, sequences in enumerate(micro_batches):  # packed one by one: the GPU is busy with those before
-            mb = MicroBatch.build(sequences, self.device, self.flash, round_up=self.graphed is not None)
+            mb = MicroBatch.build(sequences, self.device, self.kernels, round_up=self.graphed is not None)
             if len(micro_batches) > 1 and not self.graphed:  # (each of these walks through all modules)
                 last = i == len(micro_batches) - 1
                 self.model.set_requires_gradient_sync(last)  # reduce gradients once per optimizer step
@@ -217,7 +217,7 @@ class PolicyWorker:
             weight.copy_(start)
         found = {}
         for indices in self._micro_batches(batch):
-            mb = MicroBatch.build(batch.take(indices), self.device, self.flash)
+            mb = MicroBatch.build(batch.take(indices), self.device, self.kernels)
             values = self.model(mb, self.cfg.generation.temperature).cpu().numpy()
             lengths = [len(batch.response_ids[i]) for i in indices]
             found |= dict(zip(indices, np.split(values, np.cumsum(lengths)[:-1]), strict=True)) if indices else {}

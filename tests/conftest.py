@@ -7,11 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+if not torch.cuda.is_available():  # Triton's interpreter runs the kernels in this process, which is settled on import
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.experimental.gluon  # noqa: F401
+
+    import attention  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +34,6 @@ def arithmetic_rows(tmp_path_factory) -> Path:
 
 def make_tiny_model(rows: Path, folder: Path, tied: bool = True, seed: int = 0) -> Path:
     """A random Qwen3 model of the quickstart's size, saved as a Hugging Face folder."""
-    import torch
     from quickstart_model import make_model, train_tokenizer
 
     torch.manual_seed(seed)

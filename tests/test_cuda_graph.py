@@ -41,15 +41,14 @@ def test_few_shapes_and_room_for_every_sequence(drawn):
     real, prompt_tokens = len(plain.target_T), a["prompt_tokens"]
     assert b["prompt_tokens"] % quantum(prompt_tokens) == 0
     assert len(rounded.target_T) % quantum(real) == 0
-    for name in ("cu_seqlens", "cu_prompts", "cu_answers"):
+    for name in ("cu_seqlens", "cu_answers"):
         assert len(b[name]) == power_of_four(len(b[name]))
         assert b[name].diff().min() >= 0
-    assert len(b["cu_prompts"]) == len(b["cu_answers"])
+    assert len(b["prompt_of"]) == len(b["cu_seqlens"]) - 1
     assert b["cu_seqlens"][-1] == len(rounded.input_ids_N)
-    assert b["cu_prompts"][-1] == b["prompt_tokens"]
+    assert b["cu_seqlens"][(b["prompt_of"] < 0).sum()] == b["prompt_tokens"]
     assert b["cu_answers"][-1] == len(rounded.target_T)
     assert b["max_seqlen"] >= b["cu_seqlens"].diff().max()
-    assert b["max_answers"] >= b["cu_answers"].diff().max()
     assert torch.equal(rounded.target_T[:real], plain.target_T)
     assert torch.equal(rounded.input_ids_N[rounded.predict_T[:real]], plain.input_ids_N[plain.predict_T])
     assert torch.equal(rounded.sequence_T, plain.sequence_T)

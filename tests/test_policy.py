@@ -515,11 +515,10 @@ def test_micro_batch_by_hand():
     places = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in mb.attention.items()}
     assert places == {
         "cu_seqlens": [0, 2, 3, 5, 6, 9],
-        "cu_prompts": [0, 2, 3],
+        "prompt_of": [-1, -1, 0, 0, 1],
         "cu_answers": [0, 3, 6],
         "prompt_tokens": 3,
         "max_seqlen": 3,
-        "max_answers": 3,
         "whole_SL": [[0, 1, 3, 4], [0, 1, 5, 0], [2, 6, 7, 8]],
         "row_N": [0, 0, 2, 0, 0, 1, 2, 2, 2],
         "column_N": [0, 1, 0, 2, 3, 2, 1, 2, 3],
@@ -533,104 +532,6 @@ def test_prompts_of_one_length_are_not_taken_for_one():
     assert mb.input_ids_N.tolist() == [5, 6, 5, 7, 8, 9]
     assert mb.predict_T.tolist() == [1, 3]
     assert Sequences(prompts, answers, {}, {}).by_prompt(100) == ([[0], [1]], [3, 3])
-
-
-def dense_flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
-    """What the kernel computes, in float64, with its checks of the bounds."""
-    assert max_q >= cu_q.diff().max() and max_k >= cu_k.diff().max()
-    outs, sums = [], []
-    parts = (x.double().split(cu.diff().tolist()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k)))
-    for q_, k_, v_ in zip(*parts, strict=True):
-        k_, v_ = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k_, v_))
-        scores = torch.einsum("qhd,khd->hqk", q_, k_) * scale
-        if causal:
-            scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
-        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_))
-        sums.append(scores.logsumexp(-1))
-    return torch.cat(outs).to(q.dtype), torch.cat(sums, 1).float(), torch.zeros(2)
-
-
-def dense_flash_backward(grad, q, k, v, out, sums, state, cu_q, cu_k, max_q, max_k, causal, scale):
-    """The kernel's gradient: probabilities from the sums that it is given, and grad . out for their normalisation."""
-    found = [torch.zeros_like(x) for x in (q, k, v)]
-    heads = q.shape[1] // k.shape[1]
-    bounds = zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), cu_k[:-1].tolist(), cu_k[1:].tolist(), strict=True)
-    for q0, q1, k0, k1 in bounds:
-        qs, ks = slice(q0, q1), slice(k0, k1)
-        k_, v_ = (x[ks].double().repeat_interleave(heads, 1) for x in (k, v))
-        q_, g_ = q[qs].double(), grad[qs].double()
-        p = (torch.einsum("qhd,khd->hqk", q_, k_) * scale - sums[:, qs, None].double()).exp()
-        if causal:
-            p = p.tril()
-        d = torch.einsum("qhd,khd->hqk", g_, v_) - (g_ * out[qs].double()).sum(-1).t()[..., None]
-        dscores = p * d * scale
-        found[0][qs] += torch.einsum("hqk,khd->qhd", dscores, k_).to(q.dtype)
-        for into, value in ((1, torch.einsum("hqk,qhd->khd", dscores, q_)), (2, torch.einsum("hqk,qhd->khd", p, g_))):
-            found[into][ks] += value.unflatten(1, (-1, heads)).sum(2).to(q.dtype)
-    return tuple(found)
-
-
-def shared_attention(q, k, v, attention):
-    """From and to the layout of `packed_attention`."""
-    names = ("cu_seqlens", "cu_prompts", "cu_answers", "prompt_tokens", "max_seqlen", "max_answers")
-    packed = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-    return model.SharedAttention.apply(*packed, *(attention[name] for name in names), 0.3)[None]
-
-
-def values_and_gradients(function, mb):
-    """Of six query heads and two key-value heads of random numbers."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, h, len(mb.input_ids_N), 8, requires_grad=True) for h in (6, 2, 2))
-    out = function(q, k, v, mb.attention)
-    (out * torch.randn(out.shape)).sum().backward()
-    return [x.detach() for x in (out, q.grad, k.grad, v.grad)]
-
-
-def random_micro_batch(prompt_tokens, answer_tokens):
-    """Prompts of these lengths, and the lengths of the answers to each."""
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 9, n) for n in prompt_tokens]
-    rows = [(prompt, rng.integers(0, 9, n)) for prompt, ns in zip(prompts, answer_tokens, strict=True) for n in ns]
-    return MicroBatch.build(Sequences(*map(list, zip(*rows, strict=True)), {}, {}), torch.device("cpu"))
-
-
-def test_attention_to_a_shared_prompt(monkeypatch):
-    """Both kernel calls and what is made of them (the kernel itself replaced by its definition), values and gradients,
-    grouped heads included, against padded attention over whole sequences."""
-    monkeypatch.setattr(model, "flash_forward", dense_flash_forward)
-    monkeypatch.setattr(model, "flash_backward", dense_flash_backward)
-    mb = random_micro_batch([7, 1, 12], [[3, 9, 1], [4], [2, 6]])
-
-    def padded(q, k, v, attention):
-        return model.packed_attention(torch.nn.Module(), q, k, v, None, 0.3, **attention)[0]
-
-    for got, want in zip(values_and_gradients(shared_attention, mb), values_and_gradients(padded, mb), strict=True):
-        np.testing.assert_allclose(got, want, atol=2e-6)
-
-
-def test_shared_attention_compiles_once(monkeypatch):
-    """Whatever is in a micro-batch, an empty one included; and computes the same."""
-    one = torch.library.Library("grpo_test", "DEF")
-    shape = "Tensor cu_q, Tensor cu_k, SymInt max_q, SymInt max_k, bool causal, float scale"
-    one.define(f"forward(Tensor q, Tensor k, Tensor v, {shape}) -> (Tensor, Tensor, Tensor)")
-    tensors = "Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, Tensor state"
-    one.define(f"backward({tensors}, {shape}) -> (Tensor, Tensor, Tensor)")
-    one.impl("forward", dense_flash_forward, "CPU")
-    one.impl("backward", dense_flash_backward, "CPU")
-    one.impl(
-        "forward", lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0]), q.new_empty(2)), "Meta"
-    )
-    one.impl("backward", lambda _, *qkv: tuple(torch.empty_like(x) for x in qkv[:3]), "Meta")
-    monkeypatch.setattr(model, "flash_forward", torch.ops.grpo_test.forward)
-    monkeypatch.setattr(model, "flash_backward", torch.ops.grpo_test.backward)
-    compilations = torch._dynamo.testing.CompileCounterWithBackend("inductor")
-    compiled = torch.compile(shared_attention, backend=compilations, dynamic=True)
-    empty = MicroBatch.build(Sequences([], [], {}, {}), torch.device("cpu"))
-    for mb in (random_micro_batch([7, 5], [[3, 9, 2], [4]]), random_micro_batch([30], [[40] * 5]), empty):
-        got, want = values_and_gradients(compiled, mb), values_and_gradients(shared_attention, mb)
-        for x, y in zip(got, want, strict=True):
-            np.testing.assert_allclose(x, y, atol=5e-6)
-    assert compilations.frame_count == 1
 
 
 @settings(max_examples=100)

@@ -259,25 +259,3 @@ def test_samples_depend_on_the_seed_alone_and_engines_differ(pair, gpus):
     assert draw(5) == first
     assert other != first
     assert len({tuple(ids) for ids in first}) == len(first)  # also across the engines that prompts were dealt to
-
-
-@pytest.mark.gpu
-def test_shared_prompt_attention_equals_padded_attention():
-    """Packed flash attention against the padded float32 path, values and gradients, grouped heads included."""
-    from model import MicroBatch, Sequences, packed_attention
-
-    torch.manual_seed(0)
-    prompts = [np.arange(n) for n in (5, 130, 64)]
-    answers = [np.zeros(n, dtype=int) for n in (3, 1, 70, 200, 33, 64)]
-    batch = Sequences([prompts[i] for i in (0, 0, 1, 1, 1, 2)], answers, {}, {})
-    flash, padded = (MicroBatch.build(batch, torch.device("cuda"), flash=flash) for flash in (True, False))
-    results = []
-    inputs = [torch.randn(1, h, len(flash.input_ids_N), 64, device="cuda") for h in (6, 2, 2)]
-    for dtype, mb in ((torch.bfloat16, flash), (torch.float32, padded)):
-        q, k, v = (x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs)
-        out, _ = packed_attention(torch.nn.Module(), q, k, v, None, 0.125, **mb.attention)
-        out.float().pow(2).sum().backward()
-        results.append([out, q.grad, k.grad, v.grad])
-    for got, want in zip(*results, strict=True):
-        error = (got.float() - want).norm() / want.norm()
-        assert error < 1e-2, error

@@ -1,0 +1,127 @@
+"""The kernels of shared-prompt attention against padded attention over whole sequences: values and gradients.
+
+On a machine without a GPU Triton's interpreter runs them (conftest.py).
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention import BLOCK, SharedAttention, attention, attention_backward
+from model import MicroBatch, Sequences, packed_attention
+
+pytestmark = pytest.mark.slow
+
+PLACES = ("cu_seqlens", "prompt_of", "cu_answers", "prompt_tokens", "max_seqlen")
+
+
+def micro_batches(answer_tokens: list[tuple[int, list[int]]], **options) -> list[MicroBatch]:
+    """The lengths of each prompt and of the answers to it, packed for the kernels and for padded attention."""
+    rng = np.random.default_rng(0)
+    prompts = [(rng.integers(0, 9, n), answers) for n, answers in answer_tokens]
+    rows = [(prompt, rng.integers(0, 9, n)) for prompt, answers in prompts for n in answers]
+    batch = Sequences(*map(list, zip(*rows, strict=True)), {}, {}) if rows else Sequences([], [], {}, {})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [MicroBatch.build(batch, device, kernels=kernels, **options) for kernels in (True, False)]
+
+
+def shared(q, k, v, places):
+    """From and to the layout of `packed_attention`."""
+    packed = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    return SharedAttention.apply(*packed, *(places[name] for name in PLACES), 0.3)[None]
+
+
+def padded(q, k, v, places):
+    return packed_attention(torch.nn.Module(), q, k, v, None, 0.3, **places)[0]
+
+
+def values_and_gradients(function, mb, dtype=torch.float32, head_dim=8, heads=(6, 2)):
+    """Output and gradients of query, key and value, of random numbers that `dtype` can hold."""
+    torch.manual_seed(0)
+    device, (query_heads, kv_heads), n = mb.input_ids_N.device, heads, len(mb.input_ids_N)
+    q, k, v = (torch.randn(1, h, n, head_dim).bfloat16().to(device, dtype) for h in (query_heads, kv_heads, kv_heads))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = function(q, k, v, mb.attention)
+    (out.float() * torch.randn(out.shape).to(device)).sum().backward()
+    return [x.detach().float().cpu() for x in (out, q.grad, k.grad, v.grad)]
+
+
+# No key, one, a block, and more than that; answers of several blocks, and more of them than programs that share them.
+SHAPES = [
+    [(7, [3, 9, 1]), (1, [4]), (12, [2, 6])],
+    [(BLOCK, [BLOCK, 1]), (BLOCK + 1, [2 * BLOCK + 3]), (2 * BLOCK, [5])],
+    [(70, [40] * 20)],
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU multiplies float32 in TF32")
+@pytest.mark.parametrize("lengths", SHAPES)
+def test_equals_padded_attention(lengths):
+    mine, whole = micro_batches(lengths)
+    results = values_and_gradients(shared, mine), values_and_gradients(padded, whole)
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU multiplies float32 in TF32")
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 150), st.lists(st.integers(1, 150), min_size=1, max_size=4)), max_size=3),
+    st.sampled_from([(1, 1), (4, 4), (3, 1)]),
+    st.sampled_from([16, 24]),
+)
+def test_equals_padded_attention_whatever_the_lengths(lengths, heads, head_dim):
+    mine, whole = micro_batches(lengths)
+    shape = {"heads": heads, "head_dim": head_dim}
+    results = values_and_gradients(shared, mine, **shape), values_and_gradients(padded, whole, **shape)
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", SHAPES)
+def test_what_fills_up_changes_no_gradient(lengths):
+    """Places with room for more sequences and prompts than there are, as for CUDA graphs."""
+    (plain, _), (rounded, _) = micro_batches(lengths), micro_batches(lengths, round_up=True)
+    n, m = plain.attention["prompt_tokens"], rounded.attention["prompt_tokens"]
+    assert len(rounded.attention["cu_answers"]) > len(lengths) + 1
+    places = [*range(n), *range(m, m + len(plain.input_ids_N) - n)]  # of the real tokens
+    torch.manual_seed(0)
+    dtype, device = (torch.bfloat16 if torch.cuda.is_available() else torch.float32), plain.input_ids_N.device
+    filled = [torch.randn(len(rounded.input_ids_N), h, 16, dtype=dtype, device=device) for h in (4, 2, 2, 4)]
+    found = []
+    for mb, (q, k, v, grad) in ((plain, [x[places] for x in filled]), (rounded, filled)):
+        cu_seqlens, prompt_of, cu_answers, *numbers = (mb.attention[name] for name in PLACES)
+        out, sums = attention(q, k, v, cu_seqlens, prompt_of, numbers[1], 0.3)
+        grads = attention_backward(grad, q, k, v, out, sums, cu_seqlens, prompt_of, cu_answers, *numbers, 0.3)
+        found.append([out, sums.t(), grads[0], *grads[1]])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert torch.equal(got[places], want)  # to the last bit
+
+
+def test_compiles_once():
+    """Whatever is in a micro-batch, an empty one included; and computes the same."""
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(shared, backend=compilations, dynamic=True)
+    for lengths in ([(7, [3, 9, 2, 5]), (5, [4])], [(30, [40] * 5)], []):  # no two sizes of the first are the same
+        mb, _ = micro_batches(lengths)
+        kind = {"dtype": torch.bfloat16 if torch.cuda.is_available() else torch.float32, "head_dim": 16}
+        got, want = values_and_gradients(compiled, mb, **kind), values_and_gradients(shared, mb, **kind)
+        for x, y in zip(got, want, strict=True):
+            assert torch.equal(x, y)
+    assert compilations.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_equals_padded_attention_on_a_gpu(head_dim, dtype):
+    """Compiled for the GPU, against padded attention in float32; and twice the same bits."""
+    mine, whole = micro_batches([(5, [3, 1]), (130, [70, 200, 33]), (64, [64]), (300, [40] * 40)])
+    got, again = (values_and_gradients(shared, mine, dtype, head_dim) for _ in range(2))
+    want = values_and_gradients(padded, whole, torch.float32, head_dim)
+    for x, y, z in zip(got, again, want, strict=True):
+        assert torch.equal(x, y)
+        assert (x - z).norm() < (5e-3 if dtype == torch.bfloat16 else 1e-3) * z.norm()

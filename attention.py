@@ -19,6 +19,7 @@ SPLITS = 8  # programs that share the answers to a prompt, where they give gradi
 BLOCK = 64  # queries, and keys, at a time
 STAGES = {"forward": 3, "query": 2, "key": 1}  # of loads in flight; measured on H100, benchmarks/NOTES.md
 LOG2_E = tl.constexpr(1.4426950408889634)
+COUNTS = ["tokens", "sequences", "prompt_tokens"]  # Triton would compile anew where one becomes a multiple of 16
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def attend(
     return total, weight, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     query, key, value, out, sums, cu_seqlens, prompt_of, scale, tokens, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
@@ -116,7 +117,7 @@ def add_to_query(
     return grad_query
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def query_kernel(
     query, key, value, out, grad, sums, delta, grad_query, cu_seqlens, prompt_of, scale, tokens,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -148,7 +149,7 @@ def query_kernel(
         store_rows(grad_query + head * HEAD_DIM, found * scale, rows, end, stride, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def key_kernel(
     query, key, value, grad, sums, delta, grad_key, grad_value, parts, cu_seqlens, cu_answers, scale,
     sequences, tokens, prompt_tokens, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -206,7 +207,7 @@ def key_kernel(
 
 
 @functools.cache
-def launch(kernel: str, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> dict[str, Any]:
+def options(kernel: str, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> dict[str, Any]:
     """Arguments of a kernel that follow from shapes and device."""
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     roomy = gpu is not None and gpu.shared_memory_per_block_optin > 160 << 10  # as on A100 and later
@@ -229,7 +230,7 @@ def attention(
     """Output [N, H, D] and log2-sums [H, N] for query [N, H, D], key and value [N, KV, D], contiguous."""
     out, sums = torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
     grid = (triton.cdiv(max_seqlen, BLOCK), query.shape[1], len(prompt_of))
-    shapes = launch("forward", query.shape[1], key.shape[1], query.shape[2], query.device)
+    shapes = options("forward", query.shape[1], key.shape[1], query.shape[2], query.device)
     forward_kernel[grid](query, key, value, out, sums, cu_seqlens, prompt_of, scale, len(query), **shapes)
     return out, sums
 
@@ -253,11 +254,11 @@ def attention_backward(
     tiles, sequences, prompts = triton.cdiv(max_seqlen, BLOCK), len(prompt_of), len(cu_answers) - 1
     query_kernel[tiles, query.shape[1], sequences](
         query, key, value, out, grad, sums, delta, grad_query, cu_seqlens, prompt_of, scale, len(query),
-        **launch("query", *shape),
+        **options("query", *shape),
     )  # fmt: skip
     key_kernel[tiles, key.shape[1], sequences + prompts * SPLITS](
         query, key, value, grad, sums, delta, *grad_both, parts, cu_seqlens, cu_answers, scale,
-        sequences, len(query), prompt_tokens, **launch("key", *shape), SPLITS=SPLITS,
+        sequences, len(query), prompt_tokens, **options("key", *shape), SPLITS=SPLITS,
     )  # fmt: skip
     grad_both[:, :prompt_tokens] = parts.sum(1)
     return grad_query, grad_both

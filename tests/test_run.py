@@ -221,30 +221,6 @@ def test_death_of_the_reward_server_and_of_an_engine(quickstart_overrides, warm_
     assert alive == []
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_stops_everything_quietly(quickstart_overrides, warm_model, tmp_path):
-    """Exit code 85 with the last finished step saved, although its turn (save_period=50) had not come."""
-    overrides = [*quickstart_overrides, *BATCH, f"policy.model_name={warm_model}", "grpo.val_at_start=false"]
-    metrics = tmp_path / "logs" / "metrics.jsonl"
-    with (tmp_path / "stderr").open("w") as stderr:
-        run = subprocess.Popen(command(overrides), stdout=subprocess.DEVNULL, stderr=stderr, cwd=tmp_path)
-    try:
-        wait_for(lambda: read(metrics) or run.poll() is not None, 120, "the first step")
-        family = psutil.Process(run.pid).children(recursive=True)
-        run.terminate()
-        assert run.wait(timeout=60) == 85
-    finally:
-        run.kill()
-    last = read(metrics)[-1]["step"]
-    assert [p.name for p in (tmp_path / "checkpoints").glob("*step*")] == [f"step_{last}"]
-    lines = (tmp_path / "stderr").read_text()
-    assert "stopped by SIGTERM; the same command continues from the newest checkpoint" in lines
-    assert "SIGTERM received" not in lines
-    assert "Traceback" not in lines
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert alive == []
-
-
 # ---------------------------------------------------------------- before anything starts
 
 

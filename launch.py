@@ -14,7 +14,7 @@ from typing import Any
 import ray
 import torch
 
-from config import Config, ConfigError, load_config, seconds
+from config import GRPO, Config, ConfigError, load_config, seconds
 from logger import since_command
 
 
@@ -198,6 +198,25 @@ def nodes_with(bundle: dict[str, int], ranks: int, cfg: Config) -> list[str]:
             f"{ranks} x {bundle} on each node, but Ray offers {offers}; correct these keys or add nodes"
         )
     return fit[: cfg.cluster.num_nodes]
+
+
+def check_gates(cfg: GRPO, metrics: dict[str, float], exceeded: dict[str, int]) -> None:
+    """Raise RunError when a value was beyond its gate `grpo.gate_patience` steps in a row, which `exceeded` counts.
+
+    A step without an update says nothing about engine and trainer, so it leaves the count of that gate as it is.
+    """
+    unverified = metrics["num_unverified"] / metrics["num_samples"]
+    mismatch = metrics.get("token_mult_prob_error")
+    server = "the reward server cannot verify the answers: look at reward_server.log in logger.log_dir"
+    engine = "engine and trainer disagree about the same answers: refit or precision is broken, or the run diverged"
+    gates = [("max_unverified_fraction", unverified, server), ("max_token_mult_prob_error", mismatch, engine)]
+    for name, value, reason in gates:
+        gate = getattr(cfg, name)
+        if gate is None or value is None:
+            continue
+        exceeded[name] = exceeded.get(name, 0) + 1 if value > gate else 0
+        if exceeded[name] >= cfg.gate_patience:
+            raise RunError(f"{value:.4g} is above grpo.{name}={gate} for {exceeded[name]} steps in a row; {reason}")
 
 
 def explain(error: BaseException) -> str:

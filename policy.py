@@ -1,17 +1,16 @@
 """The policy: one Ray actor per rank with its part of the model (model.py), update, optimizer, weights out, state.
 
-It knows nothing about GRPO: `train_grpo.py` passes the loss function in.
+It knows nothing about GRPO: `train_grpo.py` passes the loss function in. `PolicyWorker` is one rank, `Policy` all of
+them as the driver sees them.
 """
 
-import atexit
-import gc
-import itertools
 import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,16 +29,19 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import AutoTokenizer
 
 from config import Config, PolicyCfg
-from cuda_graph import GraphedModel
 from model import MicroBatch, Sequences, add_partial_gradients, build_model, pack
-from refit import Layout, Route, WeightSender, broadcast_group, full
+from refit import WeightSender, full
 
-COMPILE_TOKENS = 2048  # near those of real micro-batches, and small beside an engine that is still loading
+WARM_UP_TOKENS = (
+    2048  # torch.compile tunes sums over tokens for the first number that it sees; near that of real batches
+)
+SCALE_STEPS = 2000  # float16: the loss scale doubles after so many steps without an overflow, as in torch's GradScaler
+STEP_FACTS = ("loss", "grad_norm", "lr", "micro_batches", "loss_scale")  # of an update, beside the loss's own metrics
 
 # ---------------------------------------------------------------- one rank
 
 
-class PolicyWorker:
+class PolicyWorker(WeightSender):
     """One rank of the policy; a Ray actor in training, usable directly in tests."""
 
     def __init__(
@@ -48,12 +50,11 @@ class PolicyWorker:
         """`keep_reference`: hold a copy of the starting weights in host memory for `logprobs(reference=True)`."""
         self.cfg, self.rank, self.world_size, self.timeout_s = cfg, rank, world_size, timeout_s
         self.keep_reference = keep_reference
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), getattr(torch, cfg.precision)
         self.steps_done = 0
         self.kernels = self.device.type == "cuda" and cfg.precision != "float32"
-        self.graphed: GraphedModel | None = None
-        # float16 gradients below 6e-8 are lost: the loss is scaled up by what does not overflow (it only ever falls).
-        self.loss_scale = 2.0**16 if cfg.precision == "float16" else 1.0
+        # float16 loses gradients below 6e-8, so the loss is scaled up, by as much as does not overflow
+        self.loss_scale, self.steps_at_scale = (2.0**16 if cfg.precision == "float16" else 1.0), 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
 
@@ -65,7 +66,7 @@ class PolicyWorker:
         return properties.name, properties.total_memory
 
     def address(self) -> str:
-        """host:port for the process group; asked of rank 0 only."""
+        """host:port for a process group; asked of rank 0 only."""
         with socket.socket() as s:
             s.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
@@ -73,79 +74,64 @@ class PolicyWorker:
     def setup(self, address: str) -> int:
         """Join the process group and load the model. Returns the number of parameters."""
         tp, timeout = self.cfg.dtensor_cfg.tensor_parallel_size, timedelta(seconds=self.timeout_s)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, init_method=f"tcp://{address}", rank=self.rank, world_size=self.world_size,
+            "nccl" if self.device.type == "cuda" else "gloo",
+            init_method=f"tcp://{address}",
+            rank=self.rank,
+            world_size=self.world_size,
             timeout=timeout,
-        )  # fmt: skip
+        )
         self.writers = dist.new_group(backend="gloo", timeout=timeout)  # of the threads that write checkpoints
-        torch.manual_seed(self.rank)  # for models with dropout; nothing else here draws
+        torch.manual_seed(self.rank)
         self.mesh = init_device_mesh(self.device.type, (self.world_size // tp, tp), mesh_dim_names=("dp", "tp"))
         self.dp_rank, self.dp_size = self.mesh["dp"].get_local_rank(), self.mesh["dp"].size()
         self.model = build_model(self.cfg, self.mesh, self.device)
-        self.weights = list(self.model.parameters())  # as sharded; to walk through all modules takes a millisecond
+        self.weights = list(
+            self.model.parameters()
+        )  # float32, sharded; walking through all modules takes a millisecond
         o = self.cfg.optimizer
-        self.shards = [nn.Parameter(w) for w in self._local_weights()]  # DTensor would cost more time than the kernel
         self.optimizer = torch.optim.AdamW(
-            self.shards,
-            lr=o.lr,
-            betas=tuple(o.betas),
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            fused=True,
+            self.weights, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
-        weights = dict(self.model.lm.named_parameters())  # a tied head appears once, under the embedding's name
-        self.sender = WeightSender(weights, getattr(torch, self.cfg.precision), self.device, self.rank)
-        self.reference = [w.cpu().clone() for w in self._local_weights()] if self.keep_reference else None
-        return sum(p.numel() for p in self.model.parameters())
+        for w in self.weights:  # made here, so that a checkpoint before the first step has them too
+            moments = {key: torch.zeros_like(w.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[w] = {"step": torch.zeros((), device=w.device), **moments}
+        self.offer_weights(dict(self.model.lm.named_parameters()))  # a tied head is in there once, as the embedding
+        self.reference = [w.cpu().clone() for w in self.local_weights()] if self.keep_reference else []
+        return sum(w.numel() for w in self.weights)
 
-    def compile(self, tokens: int, logprobs: bool) -> None:
-        """All of an update but its optimizer step, for torch.compile and NCCL to do their work while the engines are
-        still loading, instead of in the first step.
+    def warm_up(self, tokens: int, logprobs: bool) -> None:
+        """Run all of an update but its optimizer step on made-up sequences; with `logprobs` also without gradient.
 
-        torch.compile splits sums over tokens (the gradients of the norms) into as many parts as suit the number it
-        sees first, so that is `tokens`. `logprobs`: also for the pass without gradient. From then on updates are CUDA
-        graphs, where the configuration says so and this is the only rank.
+        torch.compile and NCCL then do their first-time work while the engines are still loading, not in the first step.
         """
+        # No two lengths are the same, since torch.compile would take equal sizes for one and the same.
         ids = np.zeros(tokens // 6, dtype=np.int64)
-        # No two sizes of this are the same or one, so that none is taken for another or for a constant.
         batch = Sequences([ids, ids, ids, ids[1:]], [ids[2:], ids[3:], ids[4:], ids[5:]], {}, {})
 
         def loss_fn(logprobs_T: torch.Tensor, sequence_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return logprobs_T.mean(), {"loss": logprobs_T.mean()}
 
         totals = self._gradients([batch], loss_fn, {})
-        clip_gradients(self.weights, self._local_gradients(), self.cfg.max_grad_norm, self.loss_scale)
+        clip_gradients(self.weights, self.cfg.max_grad_norm, self.loss_scale)
         reduce_metrics(totals, self.mesh["dp"].get_group())
-        self._drop_gradients()
+        self.optimizer.zero_grad()
         if logprobs:
             self.logprobs(batch)
-        if self.cfg.dtensor_cfg.cuda_graphs and self.world_size == 1:
-            self.graphed = GraphedModel(self.model, self.weights)
-        gc.collect()
-        gc.freeze()  # going through all that torch.compile made took half a second every 70 to 170 updates
-        atexit.register(gc.unfreeze)  # for an orderly end
 
-    def _local_weights(self) -> list[torch.Tensor]:
+    # ---- update
+
+    def local_weights(self) -> list[torch.Tensor]:
         """This rank's shards of the float32 master weights."""
-        return [p.detach().to_local() if isinstance(p, DTensor) else p.detach() for p in self.weights]
-
-    def _drop_gradients(self) -> None:
-        for p in itertools.chain(self.weights, self.shards):
-            p.grad = None
-
-    def _local_gradients(self) -> list[torch.Tensor]:
-        """This rank's shards of the gradients, also where the optimizer looks for them."""
-        for shard, p in zip(self.shards, self.weights, strict=True):
-            shard.grad = None if p.grad is None else p.grad.to_local()
-        return [shard.grad for shard in self.shards if shard.grad is not None]
+        return [w.detach().to_local() for w in self.weights]
 
     def _micro_batches(self, batch: Sequences) -> list[list[int]]:
         """This rank's share of `batch`, as indices of sequences."""
         packing = self.cfg.sequence_packing
         budget = packing.train_mb_tokens if packing.enabled else 1  # 1: every sequence is alone
-        parts, lengths = batch.by_prompt(budget // 3)  # small enough to fill micro-batches evenly
-        return [[i for part in mb for i in parts[part]] for mb in pack(lengths, budget, self.dp_size)[self.dp_rank]]
+        parts, lengths = batch.by_prompt(budget // 3)  # parts small enough to fill micro-batches evenly
+        mine = pack(lengths, budget, self.dp_size)[self.dp_rank]
+        return [[i for part in micro_batch for i in parts[part]] for micro_batch in mine]
 
     def update(
         self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any], trace: str | None = None
@@ -153,56 +139,54 @@ class PolicyWorker:
         """One optimizer step on `batch` (the global one; each rank takes its share).
 
         `loss_fn(logprobs_T, sequence_T=, **per-token and per-sequence arrays, **loss_kwargs)` returns a loss that is
-        already divided by global counts, and a dict of sums (names ending in _min or _max: extrema). With `trace`
-        rank 0 writes a profile of the step there.
+        already divided by global counts, and a dict of sums (names ending in _min or _max: extrema). Returns those of
+        the whole batch, and STEP_FACTS. With `trace` rank 0 writes a profile of the step there. Where the gradient is
+        not finite the weights stay as they were, and `grad_norm` says so.
         """
-        if trace and self.rank == 0:
-            with torch.profiler.profile() as profile:
-                result = self._update(batch, loss_fn, loss_kwargs)
-            profile.export_chrome_trace(trace)
-            return result
-        return self._update(batch, loss_fn, loss_kwargs)
+        with profiled(trace if self.rank == 0 else None):
+            micro_batches = [batch.take(indices) for indices in self._micro_batches(batch)]
+            while True:
+                totals = self._gradients(micro_batches, loss_fn, loss_kwargs)
+                grad_norm = clip_gradients(self.weights, self.cfg.max_grad_norm, self.loss_scale)
+                metrics = reduce_metrics(totals, self.mesh["dp"].get_group())
+                finite = torch.isfinite(grad_norm).item()  # the same on every rank
+                if finite or self.loss_scale == 1 or not math.isfinite(metrics["loss"]):
+                    break
+                self.loss_scale, self.steps_at_scale = self.loss_scale / 2, 0  # float16 overflowed: again with less
+                self.optimizer.zero_grad()
+            lr = self._schedule()
+            facts = {"grad_norm": grad_norm.item(), "lr": lr, "micro_batches": len(micro_batches)}
+            if self.cfg.precision == "float16":
+                facts["loss_scale"] = self.loss_scale
+            if finite:
+                self.optimizer.step()
+                self._count_step()
+            self.optimizer.zero_grad()
+        return metrics | facts
 
-    def _update(self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any]) -> dict[str, float]:
-        micro_batches = [batch.take(indices) for indices in self._micro_batches(batch)]
-        while True:
-            totals = self._gradients(micro_batches, loss_fn, loss_kwargs)
-            local = self._local_gradients()
-            grad_norm = clip_gradients(self.weights, local, self.cfg.max_grad_norm, self.loss_scale)
-            metrics = reduce_metrics(totals, self.mesh["dp"].get_group())
-            finite = torch.isfinite(grad_norm).item()  # the same on every rank
-            if finite or self.loss_scale == 1 or not math.isfinite(metrics["loss"]):
-                break
-            self.loss_scale /= 2
-            self._drop_gradients()
-        lr = self._schedule()
-        if finite:  # otherwise the weights stay as they were
-            self.optimizer.step()
-            self.steps_done += 1
-        self._drop_gradients()
-        return metrics | {"grad_norm": grad_norm.item(), "lr": lr, "micro_batches": len(micro_batches)}
+    def _count_step(self) -> None:
+        self.steps_done += 1
+        self.steps_at_scale += 1
+        if self.cfg.precision == "float16" and self.steps_at_scale == SCALE_STEPS:
+            self.loss_scale, self.steps_at_scale = self.loss_scale * 2, 0
 
     def _gradients(
         self, micro_batches: list[Sequences], loss_fn: Callable, loss_kwargs: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
         """Leave the batch's gradients, times `loss_scale`, in the parameters; returns this rank's metrics."""
         totals: dict[str, torch.Tensor] = {}
-        scale = self.dp_size * self.loss_scale  # FSDP averages over ranks; the loss is divided by global counts already
-        if self.graphed:
-            self.graphed.start()
-        for i, sequences in enumerate(micro_batches):  # packed one by one: the GPU is busy with those before
-            mb = MicroBatch.build(sequences, self.device, self.kernels, round_up=self.graphed is not None)
-            if len(micro_batches) > 1 and not self.graphed:  # (each of these walks through all modules)
+        scale = self.dp_size * self.loss_scale  # FSDP averages over ranks, but the loss has global denominators already
+        for i, sequences in enumerate(micro_batches):
+            mb = MicroBatch.build(sequences, self.device, self.kernels)  # here: the GPU still works on the one before
+            if len(micro_batches) > 1:
                 last = i == len(micro_batches) - 1
                 self.model.set_requires_gradient_sync(last)  # reduce gradients once per optimizer step
                 self.model.set_reshard_after_backward(last or self.cfg.dtensor_cfg.reshard_after_forward)
-            logprobs_T = (self.graphed or self.model)(mb, self.cfg.generation.temperature)[: len(mb.sequence_T)]
+            logprobs_T = self.model(mb, self.cfg.generation.temperature)
             loss, metrics = loss_fn(logprobs_T, sequence_T=mb.sequence_T, **mb.extras_T, **loss_kwargs)
             (loss * scale).backward()
             merge_metrics(totals, metrics)
             self._clear_cache(i)
-        if self.graphed:
-            self.graphed.finish()
         add_partial_gradients(self.model.lm, self.mesh["tp"])
         return totals
 
@@ -210,29 +194,33 @@ class PolicyWorker:
     def logprobs(self, batch: Sequences, reference: bool = False) -> dict[int, np.ndarray]:
         """Log-probabilities of this rank's share of the response tokens, by index in `batch`.
 
-        Under the present weights, or with `reference` under the starting ones, which visit the device for the while.
+        Under the present weights, or with `reference` under those that the run started from.
         """
-        present = [w.clone() for w in self._local_weights()] if reference else []
-        for weight, start in zip(self._local_weights(), self.reference if reference else [], strict=reference):
-            weight.copy_(start)
         found = {}
-        for indices in self._micro_batches(batch):
-            mb = MicroBatch.build(batch.take(indices), self.device, self.kernels)
-            values = self.model(mb, self.cfg.generation.temperature).cpu().numpy()
-            lengths = [len(batch.response_ids[i]) for i in indices]
-            found |= dict(zip(indices, np.split(values, np.cumsum(lengths)[:-1]), strict=True)) if indices else {}
-        self._reshard()
-        for weight, now in zip(self._local_weights(), present, strict=reference):
-            weight.copy_(now)
+        with self._starting_weights() if reference else nullcontext():
+            for indices in self._micro_batches(batch):
+                mb = MicroBatch.build(batch.take(indices), self.device, self.kernels)
+                logprobs_T = self.model(mb, self.cfg.generation.temperature).cpu().numpy()
+                ends = np.cumsum([len(batch.response_ids[i]) for i in indices])
+                found |= dict(zip(indices, np.split(logprobs_T, ends)[:-1], strict=True)) if indices else {}
+            for (
+                module
+            ) in self.model.modules():  # without a backward pass gathered weights would outlive the next update
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         return found
 
-    def _reshard(self) -> None:
-        """Drop gathered copies of the weights: after a pass without backward they would outlive the next update."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    @contextmanager
+    def _starting_weights(self) -> Iterator[None]:
+        """For the while the model has the weights that the run started from."""
+        local = self.local_weights()
+        present = [w.clone() for w in local]
+        torch._foreach_copy_(local, self.reference)
+        yield
+        torch._foreach_copy_(local, present)
 
     def _schedule(self) -> float:
+        """Set and return the learning rate of this step: linear warm-up, then constant."""
         o, warmup = self.cfg.optimizer, self.cfg.scheduler.warmup_steps
         lr = o.lr * min(1.0, (self.steps_done + 1) / warmup) if warmup else o.lr
         for group in self.optimizer.param_groups:
@@ -241,24 +229,8 @@ class PolicyWorker:
 
     def _clear_cache(self, i: int) -> None:
         every = self.cfg.dtensor_cfg.clear_cache_every_n_steps
-        if every and self.device.type == "cuda" and (i + 1) % every == 0:
-            torch.cuda.empty_cache()
-
-    # ---- weights out
-
-    def weight_layout(self) -> Layout:
-        return self.sender.layout
-
-    def join_broadcast(self, address: str, rank: int, size: int) -> None:
-        """Meet the engines that have GPUs of their own; called on rank 0 only."""
-        self.sender.group = broadcast_group(address, rank, size, self.device, self.timeout_s)
-
-    def weight_bucket(self, index: int, by: Route, readers: int) -> Any:
-        """Bucket `index` of the weights on its way to the engines, see refit.py. All ranks must call it alike."""
-        return self.sender.bucket(index, by, readers)
-
-    def release_weight_bucket(self) -> None:
-        self.sender.release()
+        if every and (i + 1) % every == 0:
+            self.empty_cache()
 
     def empty_cache(self) -> None:
         """Give unused memory back to the GPU, for an engine that wakes there."""
@@ -266,22 +238,30 @@ class PolicyWorker:
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
+    def memory(self) -> dict[str, float]:
+        """Peak GPU memory since the last call, in GiB (empty on the CPU)."""
+        if self.device.type == "cpu":
+            return {}
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return {"policy_peak_gib": peak}
+
     # ---- checkpoints
 
     def _training_state(self) -> dict[str, torch.Tensor]:
-        """float32 master weights, optimizer state, schedule and random state as one flat dict of (sharded) tensors."""
+        """float32 master weights, optimizer state, schedule and random state as one flat dict of (sharded) tensors.
+
+        The large ones are those that training works with, so that loading into them is all that `load` must do.
+        """
         state = {"steps_done": torch.tensor(self.steps_done), f"random.{self.rank}": torch.get_rng_state()}
         if self.cfg.precision == "float16":
-            state["loss_scale"] = torch.tensor(self.loss_scale)
+            state["loss_scale"] = torch.tensor([self.loss_scale, self.steps_at_scale], dtype=torch.float64)
         if self.device.type == "cuda":
             state[f"random.cuda.{self.rank}"] = torch.cuda.get_rng_state()
-        for shard, (name, p) in zip(self.shards, self.model.named_parameters(), strict=True):
-            if shard not in self.optimizer.state:  # no step yet: AdamW starts from these zeros
-                moments = {key: torch.zeros_like(shard.detach()) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **moments}
-            state[f"weight.{name}"] = p.detach()
-            for key, value in self.optimizer.state[shard].items():
-                state[f"{key}.{name}"] = value if key == "step" else sharded_like(p, value)
+        for name, w in self.model.named_parameters():
+            state[f"weight.{name}"] = w.detach()
+            for key, value in self.optimizer.state[w].items():
+                state[f"{key}.{name}"] = value
         return state
 
     def save(self, folder: str, publish: Callable[[], None]) -> None:
@@ -293,10 +273,10 @@ class PolicyWorker:
             raise FileNotFoundError(f"rank {self.rank} does not see {folder}: all nodes must share that folder")
         state = BlockingAsyncStager().stage(self._training_state())
         weights = {}
-        for name, p in self.sender.weights.items():
-            tensor = full(p)
+        for name, w in self.offered.items():
+            whole = full(w, self.device, self.dtype)
             if self.rank == 0:
-                weights[name] = tensor.to("cpu", self.sender.dtype, copy=True)
+                weights[name] = whole.to("cpu", copy=True)
         self._writing = self._writer.submit(self._write, folder, state, weights, publish)
 
     def _write(self, folder: str, state: dict, weights: dict, publish: Callable[[], None]) -> tuple[str | None, float]:
@@ -308,7 +288,7 @@ class PolicyWorker:
             )
             if self.rank == 0:
                 lm = self.model.lm
-                lm.config.dtype = getattr(torch, self.cfg.precision)
+                lm.config.dtype = self.dtype
                 lm.save_pretrained(folder, state_dict=weights)
                 AutoTokenizer.from_pretrained(self.cfg.model_name).save_pretrained(folder)
                 publish()
@@ -323,30 +303,32 @@ class PolicyWorker:
         return writing.result(timeout=self.timeout_s) if writing else (None, 0.0)
 
     def load(self, folder: str) -> None:
-        """Continue from what `save` wrote, by whatever number of ranks."""
-        reader = dcp.FileSystemReader(folder)
-        saved, state = reader.read_metadata().state_dict_metadata, self._training_state()
-        # A new rank has no random state there, and what was trained in another precision no scale.
-        own = {name for name in state if not name.startswith(("random.", "loss_scale")) or name in saved}
-        state = {name: state[name] for name in own}
+        """Continue from what `save` wrote, by whatever number of ranks.
+
+        The checkpoint lacks the random state of a rank that it did not have, and the loss scale where it was trained in
+        another precision; those stay as they are.
+        """
+        reader, state = dcp.FileSystemReader(folder), self._training_state()
+        saved = reader.read_metadata().state_dict_metadata
+        state = {k: v for k, v in state.items() if k in saved or not k.startswith(("random.", "loss_scale"))}
         dcp.load(state, storage_reader=reader, process_group=self.writers)
         self.steps_done = int(state["steps_done"])
-        self.loss_scale = float(state.get("loss_scale", self.loss_scale))
+        if "loss_scale" in state:
+            self.loss_scale, self.steps_at_scale = float(state["loss_scale"][0]), int(state["loss_scale"][1])
         setters = {f"random.{self.rank}": torch.set_rng_state, f"random.cuda.{self.rank}": torch.cuda.set_rng_state}
-        for name in own & setters.keys():
+        for name in state.keys() & setters.keys():
             setters[name](state[name])
-        for shard, (name, _) in zip(self.shards, self.model.named_parameters(), strict=True):
-            for key, moment in self.optimizer.state[shard].items():
-                if key != "step":  # with cpu_offload what was loaded is a copy on the GPU
-                    moment.copy_(state[f"{key}.{name}"].to_local())
 
-    def memory(self) -> dict[str, float]:
-        """Peak GPU memory since the last call, in GiB (empty on the CPU)."""
-        if self.device.type == "cpu":
-            return {}
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
-        return {"policy_peak_gib": peak}
+
+@contextmanager
+def profiled(path: str | None) -> Iterator[None]:
+    """Write a trace of what happens within to `path`; None: no trace."""
+    if path is None:
+        yield
+        return
+    with torch.profiler.profile() as profile:
+        yield
+    profile.export_chrome_trace(path)
 
 
 def merge_metrics(totals: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> None:
@@ -377,33 +359,25 @@ def reduce_metrics(totals: dict[str, torch.Tensor], group: Any) -> dict[str, flo
     return result
 
 
-def sharded_like(weight: DTensor, shard: torch.Tensor) -> DTensor:
-    """`shard` as this rank's part of a tensor that is split over the ranks as `weight` is."""
-    mesh, placements = weight.device_mesh, weight.placements
-    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
+def clip_gradients(weights: list[nn.Parameter], max_norm: float | None, loss_scale: float = 1.0) -> torch.Tensor:
+    """Divide the gradients of `weights` by `loss_scale`, and then by what brings their global norm down to `max_norm`.
 
-
-def clip_gradients(
-    weights: list[nn.Parameter], local: list[torch.Tensor], max_norm: float, loss_scale: float = 1.0
-) -> torch.Tensor:
-    """Divide the gradients of `weights`, of which `local` are this rank's shards, by `loss_scale`, and by what brings
-    their global norm below `max_norm`; returns the norm before the latter.
-
-    Local norms are put together once for all weights that are split alike: on DTensors each would be a dispatch.
+    Returns the norm between the two. `max_norm` None: no clipping. torch's own function fails where weights lie on
+    different meshes (tensor parallel or not). Each rank sums the squares of its shards for all weights that are split
+    alike, and one collective for each such kind adds up the ranks: a norm of each DTensor would be one each.
     """
     grads = [w.grad for w in weights if w.grad is not None]
+    local = [grad.to_local() for grad in grads]
     alike: dict[Any, list[torch.Tensor]] = {}
     for grad, norm in zip(grads, torch._foreach_norm(local), strict=True):
         alike.setdefault((grad.device_mesh, grad.placements), []).append(norm)
-    squares = [
-        DTensor.from_local(
-            torch.stack(norms).square().sum(), mesh, [p if p.is_replicate() else Partial() for p in placements]
-        ).full_tensor()
-        for (mesh, placements), norms in alike.items()
-    ]
+    squares = []
+    for (mesh, placements), norms in alike.items():
+        partial = [p if p.is_replicate() else Partial() for p in placements]
+        squares.append(DTensor.from_local(torch.stack(norms).square().sum(), mesh, partial).full_tensor())
     total = torch.stack(squares).sum().sqrt() / loss_scale
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0) / loss_scale
-    torch._foreach_mul_(local, factor.to(local[0].device))  # gradients are in host memory with cpu_offload
+    factor = torch.ones_like(total) if max_norm is None else (max_norm / (total + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(local, (factor / loss_scale).to(local[0].device))  # in host memory with cpu_offload
     return total
 
 
@@ -440,7 +414,7 @@ class Policy:
         loaded = [w.setup.remote(address) for w in self.workers]
         if not self.on_gpu:
             return loaded
-        return loaded + [w.compile.remote(COMPILE_TOKENS, self.logprobs_too) for w in self.workers]
+        return loaded + [w.warm_up.remote(WARM_UP_TOKENS, self.logprobs_too) for w in self.workers]
 
     def gpu(self) -> tuple[str, int]:
         """Name and bytes of the GPU of rank 0; can be asked before `start`."""

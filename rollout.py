@@ -16,12 +16,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from config import Config, PolicyCfg
 from launch import OUT_OF_MEMORY_ADVICE
-from refit import Layout, Link, WeightReceiver, broadcast_group, route
+from refit import Link, WeightReceiver, route
 
 
 @dataclass
 class Group:
-    """The answers to one prompt. Lists have one entry per answer; token arrays are int64, log-probabilities float32."""
+    """The responses to one prompt. Lists have one entry per response; ids are int64, log-probabilities float32."""
 
     index: int  # of the prompt, as the caller numbered it
     response_ids: list[np.ndarray]
@@ -29,7 +29,7 @@ class Group:
     finish_reasons: list[str]  # "stop" (the last token is an end-of-sequence token) or "length"
 
 
-class RolloutWorker:
+class RolloutWorker(WeightReceiver):
     """One vLLM engine; a Ray actor in training, usable directly in tests and in evaluate.py."""
 
     def __init__(
@@ -45,32 +45,19 @@ class RolloutWorker:
         `not_for_kv_cache`: bytes of its share of the GPU that others take; without it vLLM measures what is free."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        gc.disable()  # what an import makes stays anyway: a second of seven on a CPU
+        gc.disable()  # vLLM's import makes many objects that all stay; looking through them takes a second of seven
         from vllm import LLM
 
         gc.enable()
-
+        self.cfg, self.timeout_s = cfg, timeout_s
+        self.device, self.dtype = torch.device(device), getattr(torch, cfg.precision)
         if device == "cpu":
-            # vLLM repacks linear weights at load (for oneDNN; in bfloat16 also for kernels of its own) and drops the
-            # originals, so a refit could not reach them.
-            import vllm._custom_ops
-            from vllm.model_executor.layers import utils
-
-            vllm._custom_ops._supports_onednn = False
-            utils.check_cpu_sgl_kernel = lambda *_: False
+            keep_original_weights()
         elif cfg.precision != "float32":
             use_float32_logits()
         generation = cfg.generation
         v = generation.vllm_cfg
-        share, kv_bytes = v.gpu_memory_utilization, v.kv_cache_memory_bytes
-        if device == "cuda":
-            if kv_bytes is None and not_for_kv_cache is not None:
-                kv_bytes = int(share * torch.cuda.get_device_properties(0).total_memory) - not_for_kv_cache
-                if kv_bytes <= 0:
-                    raise MemoryError(f"no memory is left for the KV cache: {OUT_OF_MEMORY_ADVICE}")
-            if kv_bytes is not None:
-                share = 0.01  # vLLM asks for this share to be free at the start, and uses it for nothing then
-        self.cfg, self.device, self.timeout_s = cfg, device, timeout_s
+        share, kv_bytes = self.gpu_share(not_for_kv_cache)
         self.llm = LLM(
             model=model_name or cfg.model_name,
             load_format="auto" if model_name else "dummy",
@@ -82,7 +69,8 @@ class RolloutWorker:
             gpu_memory_utilization=share,
             kv_cache_memory_bytes=kv_bytes,
             enforce_eager=v.enforce_eager,
-            # Of a prompt in pieces vLLM takes back the draws of a prompt's own seed, which a CPU generator cannot do.
+            # Where vLLM computes a prompt in pieces, it resets the random state of a prompt that has its own seed. The
+            # CPU's generator cannot do that.
             enable_chunked_prefill=False if device == "cpu" else None,
             enable_sleep_mode=device == "cuda" and generation.colocated.enabled and generation.colocated.sleep,
             logprobs_mode="processed_logprobs",  # after temperature, like the trainer's
@@ -90,6 +78,22 @@ class RolloutWorker:
             **generation.vllm_kwargs,
         )
         self.engine = self.llm.llm_engine
+
+    def gpu_share(self, not_for_kv_cache: int | None) -> tuple[float, int | None]:
+        """The share of GPU memory that vLLM may take, and the bytes of its KV cache (None: what is left of the share).
+
+        Raises MemoryError if nothing is left.
+        """
+        v = self.cfg.generation.vllm_cfg
+        share, kv_bytes = v.gpu_memory_utilization, v.kv_cache_memory_bytes
+        if self.device.type == "cpu":
+            return share, kv_bytes
+        if kv_bytes is None and not_for_kv_cache is not None:
+            kv_bytes = int(share * torch.cuda.get_device_properties(0).total_memory) - not_for_kv_cache
+            if kv_bytes <= 0:
+                raise MemoryError(f"no memory is left for the KV cache: {OUT_OF_MEMORY_ADVICE}")
+        # Given the bytes, vLLM uses the share only to refuse to start where less than that is free.
+        return (share if kv_bytes is None else 0.01), kv_bytes
 
     def ready(self) -> bool:
         return True
@@ -102,20 +106,20 @@ class RolloutWorker:
         stop_token_ids: list[int],
         temperature: float,
     ) -> Iterator[list[Group]]:
-        """Sample `n` answers to each (index, token ids) and yield groups as they finish.
+        """Sample `n` responses to each (index, token ids) and yield groups as they finish.
 
-        `seed` fixes this call's samples whatever ran before (given the same hardware), so a resumed run repeats them.
-        With one seed per prompt (slower) they do not depend on which other prompts there are either.
+        One `seed` fixes this call's samples whatever ran before, on the same hardware, so a resumed run repeats them.
+        With a seed for each prompt (slower) a prompt's samples do not depend on the other prompts either.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if not self.llm.reset_prefix_cache():  # its keys and values may be of older weights
+        if not self.llm.reset_prefix_cache():  # it may hold keys and values that older weights computed
             raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
         seeds: list[int | None] = seed if isinstance(seed, list) else [None] * len(prompts)
         if isinstance(seed, int):
-            torch.manual_seed(seed)  # vLLM samples from torch's generator or, in its newer runner, seeds each
-            np.random.seed(seed % 2**32)  # request from numpy's
+            torch.manual_seed(seed)  # vLLM's older runner samples from torch's generator,
+            np.random.seed(seed % 2**32)  # the newer one draws a seed for each request from numpy's
         for (index, ids), own_seed in zip(prompts, seeds, strict=True):
             params = SamplingParams(
                 n=n,
@@ -144,26 +148,9 @@ class RolloutWorker:
             finish_reasons=[o.finish_reason for o in answers],
         )
 
-    def expect_weights(self, layout: Layout, place: int) -> None:
-        """Told once, before the first refit: how the policy's weights are split into buckets, and which reader of a
-        message this engine is (`refit.message`)."""
-        dtype, device = getattr(torch, self.cfg.precision), torch.device(self.device)
-
-        def load(weights: list[tuple[str, torch.Tensor]]) -> None:
-            self.llm.apply_model(lambda model: model.load_weights(weights))
-
-        self.receiver = WeightReceiver(layout, place, dtype, device, load)
-
-    def join_broadcast(self, address: str, rank: int, size: int) -> None:
-        """Meet the policy's rank 0 and the first engines of other GPUs."""
-        self.receiver.group = broadcast_group(address, rank, size, self.receiver.device, self.timeout_s)
-
-    def load_weight_bucket(self, index: int, sent: Any, readers: int = 0) -> Any:
-        """Copy one bucket into the engine, see `WeightReceiver.load`."""
-        return self.receiver.load(index, sent, readers)
-
-    def release_weight_bucket(self) -> None:
-        self.receiver.release()
+    def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        """Copy (Hugging Face name, tensor) pairs into vLLM's model; called by `WeightReceiver`."""
+        self.llm.apply_model(lambda model: model.load_weights(weights))
 
     def sleep(self) -> None:
         """Give weights and KV cache back to the GPU; a refit brings the weights back."""
@@ -173,10 +160,22 @@ class RolloutWorker:
         self.llm.wake_up(tags=[tag])
 
 
+def keep_original_weights() -> None:
+    """Stop vLLM's CPU build from repacking linear weights at load and dropping the originals, which a refit writes to.
+
+    It does so for oneDNN, and in bfloat16 also for kernels of its own.
+    """
+    import vllm._custom_ops
+    from vllm.model_executor.layers import utils
+
+    vllm._custom_ops._supports_onednn = False
+    utils.check_cpu_sgl_kernel = lambda *_: False
+
+
 def use_float32_logits() -> None:
     """Let vLLM's LM head return float32 from 16-bit inputs, as the trainer's does.
 
-    Rounding logits (to bfloat16) was most of the mismatch between engine and trainer. vLLM 0.32 has an option for it
+    Rounded logits were most of the mismatch between engine and trainer in bfloat16. vLLM 0.32 has an option for it
     (head_dtype), 0.25 has not; this works for both.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -231,8 +230,7 @@ class RolloutEngines:
         """Sample `n` answers to every prompt (token ids); yields one `Group` a prompt, in the order they finish.
 
         Prompts are dealt to the engines in turn; each engine draws from its own seed, or with a list of seeds each
-        prompt from its own. Raises TimeoutError when no
-        engine has finished a group for `cluster.timeout_s`.
+        prompt from its own. Raises TimeoutError when no engine has finished a group for `cluster.timeout_s`.
         """
         if temperature is None:
             temperature = self.cfg.policy.generation.temperature

@@ -20,7 +20,7 @@ class Rows:
             raise ConfigError(
                 f"cannot read rows from '{path}' ({e.strerror}); make them with prepare_data.py"
             ) from None
-        self.rows, self.prompt_ids = [], []
+        self.path, self.rows, self.prompt_ids = path, [], []
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
@@ -42,6 +42,15 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def number_of_steps(self, prompts_per_step: int, epochs: int, most: int) -> int:
+        """Steps of a run; each epoch drops its incomplete last batch. Raises ConfigError if not one batch is full."""
+        per_epoch = len(self) // prompts_per_step
+        if not per_epoch:
+            raise ConfigError(
+                f"{self.path} has {len(self)} rows, fewer than grpo.num_prompts_per_step={prompts_per_step}"
+            )
+        return min(most, per_epoch * epochs)
 
     def batch(self, step: int, size: int, seed: int, shuffle: bool) -> list[int]:
         """Row indices of the `step`-th batch (from 0); each epoch has its own order and drops the incomplete end."""

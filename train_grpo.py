@@ -1,16 +1,25 @@
 """GRPO on math problems: the experiment. `python train_grpo.py [--config config.yaml] [section.key=value ...]`
 
-Read this file first; `train` is the loop. What differs from the GRPO paper, and why:
+One step, in the words of `train_step` below:
+
+    1 rows ──▶ 2 prompt token ids ──▶ 3 groups of responses ──▶ 4 rewards     others are still being generated
+                                          ▲                         │
+                                     7 refit: new weights      5 advantages within each group
+                                          │                         ▼
+    8 log, validate, checkpoint ◀─────────┴─────────────────── 6 update
+
+Read in this order: train_grpo.py (the algorithm and the loop), rows.py (1, 2), rollout.py (3: vLLM), reward_client.py
+(4: HTTP), policy.py and model.py (6: FSDP2), refit.py (7). The other files need not be read.
+
+What differs from the GRPO paper, and why:
 - the gradient is on-policy: with one optimizer step per batch the old log-probabilities are the present ones, so
   neither an old-policy pass nor (with beta = 0) a reference model is run. The loss then prints as about 0: look at
   reward, gradient norm, entropy and KL error instead;
 - the baseline leaves the sample itself out, and every mean in the loss is over the whole batch (token level), not per
   micro-batch, rank or sequence;
-- answers that could not be verified are masked, not scored 0; answers without advantage skip the update.
+- samples that could not be verified are masked, not scored 0; samples without advantage skip the update.
 
 Axis suffixes of names: _P prompt, _S sample (= prompt x group), _T response token of a micro-batch.
-Files it works with: policy.py (the model), rollout.py (vLLM), reward_client.py (HTTP rewards), checkpoint.py,
-launch.py (Ray, signals), logger.py.
 
 The same command continues from the newest checkpoint. Exit codes: 0 finished; 1 error (one line says which); 2 bad
 usage; 85 stopped by SIGTERM, SIGUSR1 or checkpointing.checkpoint_must_save_by, saved, and to be continued by the same
@@ -21,7 +30,7 @@ import argparse
 import math
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,10 +41,20 @@ import torch
 from checkpoint import Checkpoints, Position
 from config import GRPO, Config, ConfigError, LossFn, help_text, load_config
 from hardware import Limits, Shape, memory_table, not_for_kv_cache
-from launch import STOPPED, RunError, Stopped, StopRequests, check_before_start, explain, start_ray, wait_for_loading
+from launch import (
+    STOPPED,
+    RunError,
+    Stopped,
+    StopRequests,
+    check_before_start,
+    check_gates,
+    explain,
+    start_ray,
+    wait_for_loading,
+)
 from logger import Logger
 from model import HEAD_CHUNK, Sequences
-from policy import Policy
+from policy import STEP_FACTS, Policy
 from reward_client import UNVERIFIED, RewardClient
 from rollout import Group, RolloutEngines
 from rows import Rows, end_of_sequence_ids, load_tokenizer
@@ -97,46 +116,34 @@ def grpo_loss(
 
     `logprobs_T` carries the gradient; the others are constants: under the engine (`rollout_`), the weights at the start
     of the update (`old_`; None: the present ones) and the reference model (`ref_`; None: no KL term). Because sums are
-    divided by global counts, losses and metrics of micro-batches and ranks simply add up.
+    divided by global counts, losses and metrics of micro-batches and ranks simply add up. A metric of your own is
+    averaged like the others: return its sum over the unmasked tokens, divided by `num_valid_tokens`.
     """
     mask_T = mask_T.float()
-    on = mask_T > 0
 
     def keep(x_T: torch.Tensor) -> torch.Tensor:  # masked tokens may hold anything, also NaN
-        return torch.where(on, x_T.float(), 0.0)
-
-    def sequence_mean(x_T: torch.Tensor) -> torch.Tensor:
-        return sequence_sum(x_T * mask_T, sequence_T) / sequence_sum(mask_T, sequence_T).clamp(min=1)
+        return torch.where(mask_T > 0, x_T.float(), 0.0)
 
     cur_T, gen_T, advantages_T = keep(logprobs_T), keep(rollout_logprobs_T), keep(advantages_T)
     old_T = cur_T.detach() if old_logprobs_T is None else keep(old_logprobs_T)
-    if cfg.variant == "dr_grpo":  # a constant instead of the answers' lengths, arXiv:2503.20783
-        weight_T = mask_T / (max(num_valid_sequences, 1) * cfg.dr_grpo_length)
-    elif cfg.token_level_loss:
-        weight_T = mask_T / max(num_valid_tokens, 1)
-    else:
-        weight_T = mask_T / (sequence_sum(mask_T, sequence_T).clamp(min=1) * max(num_valid_sequences, 1))
-
     log_ratio_T = cur_T - old_T
-    if cfg.variant == "gspo":  # one ratio per sequence, arXiv:2507.18071
-        log_ratio_T = sequence_mean(log_ratio_T)
+    if cfg.variant == "gspo":  # one ratio per sequence, the mean over its tokens, arXiv:2507.18071
+        log_ratio_T = sequence_sum(log_ratio_T, sequence_T) / sequence_sum(mask_T, sequence_T).clamp(min=1)
     ratio_T = log_ratio_T.exp()
     clipped_T = ratio_T.clamp(1 - cfg.ratio_clip_min, 1 + cfg.ratio_clip_max)
+    surrogate_T = torch.maximum(-advantages_T * ratio_T, -advantages_T * clipped_T)
+    if cfg.ratio_clip_c is not None:  # dual clip, arXiv:1912.09729
+        bounded_T = torch.minimum(surrogate_T, -advantages_T * cfg.ratio_clip_c)
+        surrogate_T = torch.where(advantages_T < 0, bounded_T, surrogate_T)
     if cfg.variant == "cispo":  # the clipped ratio only weighs the gradient, arXiv:2506.13585
         surrogate_T = -advantages_T * clipped_T.detach() * cur_T
-    else:
-        surrogate_T = torch.maximum(-advantages_T * ratio_T, -advantages_T * clipped_T)
-        if cfg.ratio_clip_c is not None:  # dual clip, arXiv:1912.09729
-            bounded_T = torch.minimum(surrogate_T, -advantages_T * cfg.ratio_clip_c)
-            surrogate_T = torch.where(advantages_T < 0, bounded_T, surrogate_T)
 
-    gap_T = (old_T - gen_T).detach()  # trainer against engine, same weights: numerical mismatch
+    gap_T = (old_T - gen_T).detach()  # trainer minus engine, same weights: the numerical mismatch of the two
     if cfg.use_importance_sampling_correction:
         log_weight_T = sequence_sum(gap_T, sequence_T) if cfg.sequence_level_importance_ratios else gap_T
         correction_T = torch.nan_to_num(log_weight_T.exp(), nan=0.0, posinf=0.0, neginf=0.0)
-        if cfg.truncated_importance_sampling_ratio is not None:
-            correction_T = correction_T.clamp(max=cfg.truncated_importance_sampling_ratio)
-        surrogate_T = surrogate_T * correction_T
+        surrogate_T = surrogate_T * correction_T.clamp(max=cfg.truncated_importance_sampling_ratio or math.inf)
+    weight_T = token_weights(mask_T, sequence_T, cfg, max(num_valid_tokens, 1), max(num_valid_sequences, 1))
     loss = (weight_T * surrogate_T).sum()
 
     kl_T = torch.zeros_like(cur_T)
@@ -144,43 +151,49 @@ def grpo_loss(
         x_T = (keep(ref_logprobs_T) - cur_T).clamp(-20, 20)
         kl_T = (x_T.expm1() - x_T).clamp(-10, 10)  # k3, http://joschu.net/blog/kl-approx.html
         loss = loss + cfg.reference_policy_kl_penalty * (weight_T * kl_T).sum()
-
-    with torch.no_grad():
-        metrics = loss_metrics(on, cur_T, ratio_T, clipped_T, kl_T, gap_T, max(num_valid_tokens, 1))
-    return loss, metrics | {"loss": loss.detach()}
+    tokens = {"cur_T": cur_T, "ratio_T": ratio_T, "clipped_T": clipped_T, "kl_T": kl_T, "gap_T": gap_T}
+    return loss, loss_metrics(mask_T, max(num_valid_tokens, 1), **tokens) | {"loss": loss.detach()}
 
 
+@torch.no_grad()
 def loss_metrics(
-    on: torch.Tensor,
+    mask_T: torch.Tensor,
+    num_valid_tokens: float,
     cur_T: torch.Tensor,
     ratio_T: torch.Tensor,
     clipped_T: torch.Tensor,
     kl_T: torch.Tensor,
     gap_T: torch.Tensor,
-    num_valid_tokens: float,
 ) -> dict[str, torch.Tensor]:
     """This micro-batch's share of each mean over the batch's tokens, and extrema (_min, _max).
 
-    `gap_T` is trainer minus engine log-probability under the same weights: the numerical mismatch of the two.
+    Masked tokens have a ratio of 1 and a gap of 0, so they do not count in the extrema either.
     """
-
-    def mean(x_T: torch.Tensor) -> torch.Tensor:
-        return torch.where(on, x_T, 0.0).sum() / num_valid_tokens
-
-    return {
-        "trained_token_fraction": mean(torch.ones_like(cur_T)),
-        "approx_entropy": mean(-cur_T),
-        "probs_ratio": mean(ratio_T),
-        "probs_ratio_clamped": mean(clipped_T),
-        "clipfrac": mean((ratio_T != clipped_T).float()),
-        "kl_penalty": mean(kl_T),
-        "token_mult_prob_error": mean(gap_T.abs().exp()),
-        "gen_kl_error": mean(gap_T.expm1() - gap_T),
-        "sampling_importance_ratio": mean(gap_T.exp()),
-        "gen_logprob_gap_max": torch.where(on, gap_T.abs(), 0.0).amax(),
-        "probs_ratio_max": torch.where(on, ratio_T, 1.0).amax(),
-        "probs_ratio_min": torch.where(on, ratio_T, 1.0).amin(),
+    means = {
+        "trained_token_fraction": mask_T,
+        "approx_entropy": -cur_T,
+        "probs_ratio": ratio_T,
+        "probs_ratio_clamped": clipped_T,
+        "clipfrac": (ratio_T != clipped_T).float(),
+        "kl_penalty": kl_T,
+        "token_mult_prob_error": gap_T.abs().exp(),
+        "gen_kl_error": gap_T.expm1() - gap_T,
+        "sampling_importance_ratio": gap_T.exp(),
     }
+    shares = {name: (x_T * mask_T).sum() / num_valid_tokens for name, x_T in means.items()}
+    ratios = {"probs_ratio_max": ratio_T.max(), "probs_ratio_min": ratio_T.min()}
+    return shares | ratios | {"gen_logprob_gap_max": gap_T.abs().max()}
+
+
+def token_weights(
+    mask_T: torch.Tensor, sequence_T: torch.Tensor, cfg: LossFn, num_valid_tokens: float, num_valid_sequences: float
+) -> torch.Tensor:
+    """How much each token counts in the loss [T]: over the whole batch the weights add up to 1 (dr_grpo: to less)."""
+    if cfg.variant == "dr_grpo":  # a constant instead of the responses' lengths, arXiv:2503.20783
+        return mask_T / (num_valid_sequences * cfg.dr_grpo_length)
+    if cfg.token_level_loss:
+        return mask_T / num_valid_tokens
+    return mask_T / (sequence_sum(mask_T, sequence_T).clamp(min=1) * num_valid_sequences)
 
 
 def sequence_sum(x_T: torch.Tensor, sequence_T: torch.Tensor) -> torch.Tensor:
@@ -194,7 +207,7 @@ def sequence_sum(x_T: torch.Tensor, sequence_T: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Sample:
-    """One answer on its way from the engine to the update."""
+    """One response on its way from the engine to the update."""
 
     prompt: int  # which of the step's prompts: the group
     prompt_ids: np.ndarray
@@ -209,9 +222,22 @@ class Sample:
     def verified(self) -> bool:
         return self.status not in UNVERIFIED
 
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def response_tokens(self) -> int:
+        return len(self.response_ids)
+
+
+def column(samples: list[Sample], name: str) -> np.ndarray:
+    """One attribute of all samples, as an array [S]."""
+    return np.array([getattr(s, name) for s in samples])
+
 
 def sample_and_score(run: "Run", rows: Rows, indices: list[int], n: int, seed: int) -> list[Sample]:
-    """Steps 2 to 4: `n` answers to each row, scored while others are still being generated. Ordered by prompt."""
+    """Steps 2 to 4: `n` responses to each row, scored while others are still being generated. Ordered by prompt."""
 
     def to_samples(group: Group) -> list[Sample]:
         texts = run.tokenizer.batch_decode(group.response_ids, skip_special_tokens=True)
@@ -226,177 +252,172 @@ def sample_and_score(run: "Run", rows: Rows, indices: list[int], n: int, seed: i
             answer = rows.rows[indices[group.index]]["expected_answer"]
             pending.append((samples, run.rewards.submit([s.text for s in samples], answer)))
             progress.update()
+    found: list[Sample] = []
     with run.log.phase("score"):
         for samples, verdicts in pending:
             for sample, verdict in zip(samples, verdicts.result(), strict=True):
                 sample.reward, sample.status = verdict["reward"], verdict["status"]
-    return sorted((s for samples, _ in pending for s in samples), key=lambda s: s.prompt)
+            found += samples
+    return sorted(found, key=lambda s: s.prompt)
 
 
 def groups_with_signal(samples: list[Sample]) -> set[int]:
-    """Prompts whose verified answers did not all get the same reward."""
-    rewards: dict[int, set[float]] = {}
+    """Prompts whose verified responses did not all get the same reward."""
+    first: dict[int, float] = {}  # the first reward of each group
+    found = set()
     for s in samples:
-        if s.verified:
-            rewards.setdefault(s.prompt, set()).add(s.reward)
-    return {prompt for prompt, seen in rewards.items() if len(seen) > 1}
+        if s.verified and first.setdefault(s.prompt, s.reward) != s.reward:
+            found.add(s.prompt)
+    return found
 
 
 @dataclass
 class Batch:
-    """What `collect` found."""
+    """The samples of one step."""
 
     samples: list[Sample]  # to train on
     drawn: list[Sample]  # all that were drawn: the same without dynamic sampling
     next: int  # the batch of prompts to go on with
 
 
-def collect(run: "Run", rows: Rows, first: int) -> Batch:
+def collect(run: "Run", first: int) -> Batch:
     """Steps 1 to 4, from the `first`-th batch of prompts.
 
     Dynamic sampling (DAPO, arXiv:2503.14476) draws more prompts until the batch is full of groups with different
-    rewards. It drops whole groups, so that every mean in a group stays what it was.
+    rewards. It drops whole groups, so that the mean of a group's rewards stays what it was.
     """
     g, kept, drawn = run.cfg.grpo, [], []
     batches = g.dynamic_sampling_max_gen_batches if g.use_dynamic_sampling else 1
     for batch in range(batches):
-        rows_P = rows.batch(first + batch, g.num_prompts_per_step, g.seed, run.cfg.data.shuffle)
+        rows_P = run.rows.batch(first + batch, g.num_prompts_per_step, g.seed, run.cfg.data.shuffle)
         seed = g.seed + first + batch + 1
-        samples = sample_and_score(run, rows, rows_P, g.num_generations_per_prompt, seed)
+        samples = sample_and_score(run, run.rows, rows_P, g.num_generations_per_prompt, seed)
         for s in samples:
             s.prompt += batch * g.num_prompts_per_step
-        useful = groups_with_signal(samples) if g.use_dynamic_sampling else {s.prompt for s in samples}
-        kept += [s for s in samples if s.prompt in useful]
         drawn += samples
+        useful = groups_with_signal(samples)
+        kept += [s for s in samples if s.prompt in useful or not g.use_dynamic_sampling]
         if len(kept) >= run.cfg.samples_per_step:
             break
     else:
-        print(
-            f" • dynamic sampling: {len(kept)} of {run.cfg.samples_per_step} answers after {batches} batches of prompts"
-        )
+        wanted = run.cfg.samples_per_step
+        print(f" • dynamic sampling: {len(kept)} of {wanted} samples after {batches} batches of prompts")
     return Batch(kept[: run.cfg.samples_per_step], drawn, first + batch + 1)
 
 
-def next_batch(run: "Run", rows: Rows, last: bool) -> Batch:
+def next_batch(run: "Run", last: bool) -> Batch:
     """This step's samples; with `grpo.async_one_step_off` those that were drawn while the last update ran.
 
     Then the next ones are begun here, with weights that will be one update old when they are trained on.
     """
-    batch = run.ahead.result() if run.ahead else collect(run, rows, run.batches_drawn)
+    batch = run.ahead.result() if run.ahead else collect(run, run.batches_drawn)
     run.ahead = None
     if run.cfg.grpo.async_one_step_off and not last:
-        run.ahead = run.background.submit(collect, run, rows, batch.next)
+        run.ahead = run.background.submit(collect, run, batch.next)
     return batch
 
 
-def shaped_rewards(samples: list[Sample], g: GRPO) -> list[float]:
-    """Rewards as the advantages see them: scaled, then less DAPO's penalty for answers near the length limit."""
-    scale, shape, shaped = g.reward_scaling, g.reward_shaping, []
-    for s in samples:
-        reward = s.reward
-        if scale.enabled:
-            share = (reward - scale.source_min) / (scale.source_max - scale.source_min)
-            reward = scale.target_min + min(max(share, 0.0), 1.0) * (scale.target_max - scale.target_min)
-        if shape.enabled:
-            excess = len(s.response_ids) - (shape.max_response_length - shape.overlong_buffer_length)
-            reward -= max(0.0, excess / shape.overlong_buffer_length) * shape.overlong_buffer_penalty
-        shaped.append(reward)
-    return shaped
+def shaped_rewards(samples: list[Sample], g: GRPO) -> np.ndarray:
+    """Rewards [S] as the advantages see them: less DAPO's penalty for responses near the length limit.
+
+    With a limit of 20 tokens, a buffer of 4 and a penalty of 1, 16 tokens cost nothing, 18 cost 0.5, 20 and more 1.
+    """
+    rewards_S, shape = column(samples, "reward").astype(float), g.reward_shaping
+    if shape.enabled:
+        free = shape.max_response_length - shape.overlong_buffer_length
+        share_S = (column(samples, "response_tokens") - free) / shape.overlong_buffer_length
+        rewards_S -= share_S.clip(0, 1) * shape.overlong_buffer_penalty
+    return rewards_S
 
 
 # ---------------------------------------------------------------- one step's update
 
 
-def update(run: "Run", samples: list[Sample], advantages_S: torch.Tensor) -> dict[str, float]:
-    """Step 6: one optimizer step per `policy.train_global_batch_size` samples; none where no answer has an advantage.
+def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor) -> dict[str, float]:
+    """Step 6: one optimizer step per `policy.train_global_batch_size` samples; none where no sample has an advantage.
 
     Returns the metrics over those steps: token-weighted means, extrema. Empty when there was nothing to learn from.
     """
     cfg, size = run.cfg, run.cfg.policy.train_global_batch_size
     needs_reference = cfg.loss_fn.reference_policy_kl_penalty > 0
-    train_S = np.array([s.verified and not (cfg.grpo.overlong_filtering and s.truncated) for s in samples])
-    finite = [np.isfinite(s.rollout_logprobs) for s in samples]
-    masks = [f & on for f, on in zip(finite, train_S, strict=True)]
-    valid_S = [np.count_nonzero(mask) for mask in masks]  # tokens
-    # Without a KL term an answer without advantage has no gradient: skip it, but keep it in the denominators.
-    active = [i for i in range(len(samples)) if train_S[i] and (advantages_S[i] != 0 or needs_reference)]
+    masks, num_nonfinite = [], 0
+    for s in samples:
+        finite = np.isfinite(s.rollout_logprobs)
+        num_nonfinite += int((~finite).sum())
+        masks.append(finite & (s.verified and not (cfg.grpo.overlong_filtering and s.truncated)))
+    valid_S = np.array([mask.sum() for mask in masks])  # tokens that count
     batch = Sequences(
         prompt_ids=[s.prompt_ids for s in samples],
         response_ids=[s.response_ids for s in samples],
         per_token={"rollout_logprobs_T": [s.rollout_logprobs for s in samples], "mask_T": masks},
         per_sequence={"advantages_T": advantages_S.float().numpy()},
     )
-    chosen = batch.take(active)
-    # Under the weights before the update; in the first optimizer step those are the present ones.
-    later = [k for k, i in enumerate(active) if i >= size]
-    old_logprobs_T = dict(zip(later, run.policy.logprobs(chosen.take(later)), strict=True)) if later else {}
-    if needs_reference:
-        chosen.per_token["ref_logprobs_T"] = run.policy.logprobs(chosen, reference=True)
-    results = []
+    # Without a KL term a sample without advantage has no gradient: it is left out, but counts in the denominators.
+    active_S = (valid_S > 0) & ((advantages_S.numpy() != 0) | needs_reference)
+    active = np.flatnonzero(active_S)
+    # Old log-probabilities are those before the update; in the first optimizer step the loss takes the present ones.
+    later = active[active >= size]
+    old = dict(zip(later, run.policy.logprobs(batch.take(later)), strict=True)) if len(later) else {}
+    reference = dict(zip(active, run.policy.logprobs(batch.take(active), True), strict=True)) if needs_reference else {}
+    results, valid_tokens = [], []
     for start in range(0, len(samples), size):
-        step = range(start, min(start + size, len(samples)))
-        mine = [k for k, i in enumerate(active) if i in step]
-        if mine:
-            counts = {
-                "num_valid_tokens": float(sum(valid_S[i] for i in step)),
-                "num_valid_sequences": float(sum(valid_S[i] > 0 for i in step)),
-            }
-            trace = run.log.trace_file(len(results))
-            part = chosen.take(mine)
-            if start:
-                part.per_token["old_logprobs_T"] = [old_logprobs_T[k] for k in mine]
-            result = run.policy.update(part, grpo_loss, {"cfg": cfg.loss_fn, **counts}, trace)
-            stop_if_not_finite(run, result, samples)
-            results.append(result | {"trained_tokens": result["trained_token_fraction"] * counts["num_valid_tokens"]})
-    nonfinite = int(sum(len(f) - np.count_nonzero(f) for f in finite))
-    cost = run.limits.training([samples[i].prompt for i in active], *lengths([samples[i] for i in active]))
-    return combine_steps(results) | cost | {"num_nonfinite_logprobs": nonfinite, "num_optimizer_steps": len(results)}
+        mine = active[(start <= active) & (active < start + size)]
+        if not len(mine):
+            continue
+        part, valid = batch.take(mine), valid_S[start : start + size]
+        for name, known in (("old_logprobs_T", old), ("ref_logprobs_T", reference)):
+            if mine[0] in known:
+                part.per_token[name] = [known[i] for i in mine]
+        counts = {"num_valid_tokens": float(valid.sum()), "num_valid_sequences": float((valid > 0).sum())}
+        trace = run.log.trace_file(len(results))
+        result = run.policy.update(part, grpo_loss, {"cfg": cfg.loss_fn, **counts}, trace)
+        stop_if_not_finite(run, result, samples)
+        results.append(result)
+        valid_tokens.append(counts["num_valid_tokens"])
+    trained = [samples[i] for i in active]
+    cost = run.limits.training(*sizes(trained))
+    facts = {"num_nonfinite_logprobs": num_nonfinite, "num_optimizer_steps": len(results)}
+    return combine_steps(results, valid_tokens) | cost | facts
 
 
-def lengths(samples: list[Sample]) -> tuple[list[int], list[int]]:
-    """Tokens of the prompts and of the answers."""
-    return [len(s.prompt_ids) for s in samples], [len(s.response_ids) for s in samples]
+def sizes(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each sample its group, and the tokens of prompt and response: what hardware.py counts the work by."""
+    return column(samples, "prompt"), column(samples, "prompt_tokens"), column(samples, "response_tokens")
 
 
-def combine_steps(results: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of several optimizer steps as one: extrema; token means weighted by tokens; plain means of the rest.
+def combine_steps(results: list[dict[str, float]], valid_tokens: list[float]) -> dict[str, float]:
+    """Metrics of several optimizer steps as one: extrema; plain means of STEP_FACTS; token means of all others.
 
-    Token means are sums over the trained tokens divided by all valid ones: dividing by the trained share gives means
-    over the answers that were trained on (those without advantage were skipped).
+    A loss function's metric is a sum over the trained tokens, divided by all valid tokens of its optimizer step. From
+    such metrics come means over the tokens that were trained on (samples without advantage were left out).
     """
-    tokens = sum(r["trained_tokens"] for r in results)
+    weight = np.array(valid_tokens)  # a metric times this is its sum over the trained tokens
+    trained = sum(weight * [r["trained_token_fraction"] for r in results])
     combined = {}
     for name in results[0] if results else ():
-        values = [r[name] for r in results]
-        if name.endswith("_min"):
-            combined[name] = min(values)
-        elif name.endswith("_max"):
-            combined[name] = max(values)
-        elif name in TOKEN_MEANS and tokens:
-            shares = [r["trained_tokens"] / (r["trained_token_fraction"] or 1.0) for r in results]
-            combined[name] = sum(v * share for v, share in zip(values, shares, strict=True)) / tokens
+        values = np.array([r[name] for r in results])
+        if name in STEP_FACTS:
+            combined[name] = values.mean()
+        elif name.endswith(("_min", "_max")):
+            combined[name] = getattr(values, name[-3:])()
         else:
-            combined[name] = sum(values) / len(values)
-    return combined
-
-
-TOKEN_MEANS = {
-    "approx_entropy", "probs_ratio", "probs_ratio_clamped", "clipfrac", "kl_penalty", "token_mult_prob_error",
-    "gen_kl_error", "sampling_importance_ratio",
-}  # fmt: skip
+            combined[name] = (values * weight).sum() / (weight.sum() if name == "trained_token_fraction" else trained)
+    return {name: float(value) for name, value in combined.items()}
 
 
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
-    """What the step's answers were like; rewards over verified answers only."""
-    rewards = [s.reward for s in samples if s.verified]
+    """What the step's responses were like; rewards over verified ones only."""
+    verified_S = column(samples, "verified")
+    rewards = column(samples, "reward")[verified_S]
+    responses_S = column(samples, "response_tokens")
     return {
-        "reward": float(np.mean(rewards)) if rewards else 0.0,
-        "frac_zero_signal_groups": 1 - len(groups_with_signal(samples)) / len({s.prompt for s in samples}),
-        "truncation_rate": float(np.mean([s.truncated for s in samples])),
-        "mean_gen_tokens": float(np.mean([len(s.response_ids) for s in samples])),
+        "reward": float(rewards.mean()) if len(rewards) else 0.0,
+        "frac_zero_signal_groups": 1 - len(groups_with_signal(samples)) / len(np.unique(column(samples, "prompt"))),
+        "truncation_rate": float(column(samples, "truncated").mean()),
+        "mean_gen_tokens": float(responses_S.mean()),
         "num_samples": len(samples),
-        "num_unverified": sum(not s.verified for s in samples),
-        "total_tokens": sum(len(s.prompt_ids) + len(s.response_ids) for s in samples),
+        "num_unverified": int((~verified_S).sum()),
+        "total_tokens": int(column(samples, "prompt_tokens").sum() + responses_S.sum()),
     }
 
 
@@ -411,6 +432,9 @@ class Run:
     log: Logger
     tokenizer: Any
     stop_token_ids: list[int]
+    rows: Rows
+    val_rows: Rows | None
+    last_step: int
     rewards: RewardClient
     policy: Policy
     engines: RolloutEngines
@@ -419,7 +443,7 @@ class Run:
     limits: Limits
     finished: Position  # the last step that was finished; the next two belong to the one that is being made
     batches_drawn: int  # of prompts: one a step, more with dynamic sampling
-    exceeded: dict[str, int]  # steps in a row that a limit was exceeded
+    exceeded: dict[str, int]  # for each gate the steps in a row that were beyond it
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     ahead: Future | None = None  # the next step's batch, where it is drawn in the background
 
@@ -427,82 +451,50 @@ class Run:
 def train(cfg: Config) -> None:
     """The loop. Returns when the last step is done; raises RunError or ConfigError with a one-line reason, or Stopped
     when asked to stop, after saving."""
-    stop = StopRequests(cfg.checkpointing.checkpoint_must_save_by)
-    stop.listen()
-    check_before_start(cfg)
-    checkpoints = Checkpoints(cfg)
-    last = checkpoints.position
-    log = Logger(cfg, last.step, checkpoints.wandb_id)
-    tokenizer = load_tokenizer(cfg.policy.model_name)
-    with log.phase("start"), stop.interruptible():
-        placement = start_ray(cfg, stop)
-        rewards = RewardClient(cfg.env, cfg.logger.log_dir)
-        try:
-            policy, shape = Policy(cfg, placement), Shape.of(cfg.policy.model_name)
-            engines = RolloutEngines(cfg, placement, not_for_kv_cache=not_for_kv_cache(cfg, shape))
-            gpu_name, gpu_bytes = policy.gpu()
-            if gpu_bytes:
-                print(memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK), flush=True)
-            loading = {"policy": policy.start(), "engines": engines.start()}
-            rows = Rows(cfg.data.train_jsonl_fpath, tokenizer, cfg.policy.max_total_sequence_length)
-            val_path = cfg.data.validation_jsonl_fpath
-            val_rows = Rows(val_path, tokenizer, cfg.policy.max_total_sequence_length) if val_path else None
-            last_step = number_of_steps(cfg, len(rows))
-            wait_for_loading(loading, cfg.cluster.timeout_s)
-            stop_ids = end_of_sequence_ids(cfg.policy.model_name, tokenizer)
-            limits = Limits(cfg, shape, gpu_name)
-            run = Run(
-                cfg, log, tokenizer, stop_ids, rewards, policy, engines, checkpoints, stop, limits, last,
-                last.batches_drawn, dict(last.exceeded),
-            )  # fmt: skip
-            checkpoints.restore(policy)
-            engines.connect(policy.workers)
-            engines.refit()
-        except BaseException:
-            rewards.close()
-            raise
+    run = start(cfg)
     try:
-        if val_rows and cfg.grpo.val_at_start and not last.step:
-            with stop.interruptible():
-                validate(run, val_rows, step=0)
-        for step in range(last.step + 1, last_step + 1):
-            stop.before_step(checkpoints.seconds)
-            train_step(run, rows, val_rows, step, last_step)
-        checkpoints.wait(policy)
+        if not run.finished.step:
+            with run.stop.interruptible():
+                validate(run, step=0)
+        for step in range(run.finished.step + 1, run.last_step + 1):
+            run.stop.before_step(run.checkpoints.seconds)
+            train_step(run, step)
+        run.checkpoints.wait(run.policy)
     except Stopped:
-        checkpoints.save_unsaved(policy, run.finished, log.wandb_id)
+        run.checkpoints.save_unsaved(run.policy, run.finished, run.log.wandb_id)
         raise
     except Exception:
         with suppress(Exception):  # what is being written may still be fine
-            checkpoints.wait(policy)
+            run.checkpoints.wait(run.policy)
         raise
     finally:
-        rewards.close()
-        log.close()
+        run.rewards.close()
+        run.log.close()
 
 
-def train_step(run: Run, rows: Rows, val_rows: Rows | None, step: int, last_step: int) -> None:
+def train_step(run: Run, step: int) -> None:
     """One step, as the module's docstring and the README describe it."""
     cfg, g = run.cfg, run.cfg.grpo
-    run.log.start_step(step, last_step)
+    last = step == run.last_step
+    run.log.start_step(step, run.last_step)
     # 1. to 4. The next rows of the shuffled file; their token ids to the engines; groups back as they finish, each
     # scored while others are still being generated
     with run.stop.interruptible():
-        batch = next_batch(run, rows, last=step == last_step)
+        batch = next_batch(run, last)
         samples, drawn, run.batches_drawn = batch.samples, batch.drawn, batch.next
     # 5. Advantages within each prompt's group
     advantages_S = group_advantages(
-        torch.tensor(shaped_rewards(samples, g), dtype=torch.float64),
-        torch.tensor([s.prompt for s in samples]),
-        torch.tensor([s.verified for s in samples]),
+        torch.from_numpy(shaped_rewards(samples, g)),
+        torch.from_numpy(column(samples, "prompt")),
+        torch.from_numpy(column(samples, "verified")),
         leave_one_out=g.use_leave_one_out_baseline,
         normalize=g.normalize_rewards and cfg.loss_fn.variant != "dr_grpo",
     )
-    # 6. Update the policy
+    # 6. Update the policy, while engines on the same GPU give it their memory
     with run.log.phase("sleep"):
         run.engines.sleep()
     with run.log.phase("train"):
-        metrics = update(run, samples, advantages_S)
+        metrics = update_policy(run, samples, advantages_S)
     # 7. Refit: the new weights into the engines, which may still be sampling the next batch
     if run.ahead:
         with run.log.phase("wait"):
@@ -510,14 +502,12 @@ def train_step(run: Run, rows: Rows, val_rows: Rows | None, step: int, last_step
     with run.log.phase("refit"):
         run.engines.refit()
     # 8. Log, validate, checkpoint
-    metrics |= rollout_metrics(drawn) | run.policy.memory()
-    if val_rows and g.val_period and (step % g.val_period == 0 or step == last_step):
-        metrics |= validate(run, val_rows, step)
-    metrics |= run.limits.generation([s.prompt for s in drawn], *lengths(drawn))
+    metrics |= rollout_metrics(drawn) | run.policy.memory() | validate(run, step)
+    metrics |= run.limits.generation(*sizes(drawn))
     run.log.end_step(metrics, drawn, run.limits.utilization)
-    check_limits(run, metrics)
+    check_gates(g, metrics, run.exceeded)
     run.finished = Position(step, run.batches_drawn, dict(run.exceeded), metrics)
-    if cfg.checkpointing.enabled and (step % cfg.checkpointing.save_period == 0 or step == last_step):
+    if cfg.checkpointing.enabled and (step % cfg.checkpointing.save_period == 0 or last):
         with run.log.phase("checkpoint"):
             run.checkpoints.save(run.policy, run.finished, run.log.wandb_id)
 
@@ -525,62 +515,83 @@ def train_step(run: Run, rows: Rows, val_rows: Rows | None, step: int, last_step
 VALIDATION_SEED = 1_000_000_000  # far from the training steps' seeds, and the same at every validation
 
 
-def validate(run: Run, rows: Rows, step: int) -> dict[str, float]:
-    """Mean accuracy of the validation rows, `grpo.num_val_generations_per_prompt` sampled answers each.
+def validate(run: Run, step: int) -> dict[str, float]:
+    """If a validation is due: mean accuracy of the rows, `grpo.num_val_generations_per_prompt` sampled responses each.
 
-    Answers that could not be verified do not count as wrong; without any other the accuracy is NaN.
+    Samples that could not be verified do not count as wrong; without any other the accuracy is NaN.
     """
     g, found = run.cfg.grpo, []
-    indices = list(range(len(rows)))[: g.max_val_samples]
+    at_this_step = g.val_at_start if step == 0 else g.val_period and (step % g.val_period == 0 or step == run.last_step)
+    if not (run.val_rows and at_this_step):
+        return {}
+    indices = list(range(len(run.val_rows)))[: g.max_val_samples]
     size = g.val_batch_size or len(indices)
     with run.log.phase("validate"):
         for start in range(0, len(indices), size):
             n, part = g.num_val_generations_per_prompt, indices[start : start + size]
-            found += sample_and_score(run, rows, part, n, seed=VALIDATION_SEED + start)
-    verified = [s.reward for s in found if s.verified]
+            found += sample_and_score(run, run.val_rows, part, n, seed=VALIDATION_SEED + start)
+    of_all = rollout_metrics(found)
     metrics = {
-        "val:accuracy": float(np.mean(verified)) if verified else math.nan,
-        "val:num_unverified": len(found) - len(verified),
-        "val:avg_length": float(np.mean([len(s.response_ids) for s in found])),
-        "val:truncation_rate": float(np.mean([s.truncated for s in found])),
+        "val:accuracy": of_all["reward"] if of_all["num_unverified"] < len(found) else math.nan,
+        "val:num_unverified": of_all["num_unverified"],
+        "val:avg_length": of_all["mean_gen_tokens"],
+        "val:truncation_rate": of_all["truncation_rate"],
     }
     run.log.validation(step, metrics, found)
     return metrics
 
 
-# ---------------------------------------------------------------- start and stop
+# ---------------------------------------------------------------- start, gates
 
 
-def number_of_steps(cfg: Config, num_rows: int) -> int:
-    per_epoch = num_rows // cfg.grpo.num_prompts_per_step
-    if not per_epoch:
-        raise ConfigError(
-            f"{cfg.data.train_jsonl_fpath} has {num_rows} rows, fewer than "
-            f"grpo.num_prompts_per_step={cfg.grpo.num_prompts_per_step}"
+def start(cfg: Config) -> Run:
+    """Start or continue a run: everything loaded, and the engines with the policy's weights."""
+    g, stop = cfg.grpo, StopRequests(cfg.checkpointing.checkpoint_must_save_by)
+    stop.listen()
+    check_before_start(cfg)
+    checkpoints = Checkpoints(cfg)
+    last = checkpoints.position
+    log = Logger(cfg, last.step, checkpoints.wandb_id)
+    tokenizer = load_tokenizer(cfg.policy.model_name)
+    with log.phase("start"), stop.interruptible(), ExitStack() as on_error:
+        placement = start_ray(cfg, stop)
+        rewards = RewardClient(cfg.env, cfg.logger.log_dir)
+        on_error.callback(rewards.close)
+        policy, shape = Policy(cfg, placement), Shape.of(cfg.policy.model_name)
+        engines = RolloutEngines(cfg, placement, not_for_kv_cache=not_for_kv_cache(cfg, shape))
+        gpu_name, gpu_bytes = policy.gpu()
+        if gpu_bytes:
+            print(memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK), flush=True)
+        loading = {"policy": policy.start(), "engines": engines.start()}  # in the background, while rows are read here
+        rows, val_path = load_rows(cfg, tokenizer, cfg.data.train_jsonl_fpath), cfg.data.validation_jsonl_fpath
+        run = Run(
+            cfg=cfg,
+            log=log,
+            tokenizer=tokenizer,
+            stop_token_ids=end_of_sequence_ids(cfg.policy.model_name, tokenizer),
+            rows=rows,
+            val_rows=load_rows(cfg, tokenizer, val_path) if val_path else None,
+            last_step=rows.number_of_steps(g.num_prompts_per_step, g.max_num_epochs, g.max_num_steps),
+            rewards=rewards,
+            policy=policy,
+            engines=engines,
+            checkpoints=checkpoints,
+            stop=stop,
+            limits=Limits(cfg, shape, gpu_name),
+            finished=last,
+            batches_drawn=last.batches_drawn,
+            exceeded=dict(last.exceeded),
         )
-    return min(cfg.grpo.max_num_steps, per_epoch * cfg.grpo.max_num_epochs)
+        wait_for_loading(loading, cfg.cluster.timeout_s)
+        checkpoints.restore(policy)
+        engines.connect(policy.workers)
+        engines.refit()
+        on_error.pop_all()
+    return run
 
 
-def check_limits(run: Run, metrics: dict[str, float]) -> None:
-    """Raise RunError when a limit was exceeded `grpo.gate_patience` steps in a row."""
-    g = run.cfg.grpo
-    limits = {
-        "max_unverified_fraction": (
-            metrics["num_unverified"] / metrics["num_samples"],
-            "the reward server cannot verify the answers: look at reward_server.log in logger.log_dir",
-        ),
-        "max_token_mult_prob_error": (
-            metrics.get("token_mult_prob_error", 0.0),
-            "engine and trainer disagree about the same answers: refit or precision is broken, or the run diverged",
-        ),
-    }
-    for name, (value, reason) in limits.items():
-        limit = getattr(g, name)
-        run.exceeded[name] = run.exceeded.get(name, 0) + 1 if limit is not None and value > limit else 0
-        if run.exceeded[name] >= g.gate_patience:
-            raise RunError(
-                f"{value:.4g} is above grpo.{name}={limit} for {run.exceeded[name]} steps in a row; {reason}"
-            )
+def load_rows(cfg: Config, tokenizer: Any, path: str) -> Rows:
+    return Rows(path, tokenizer, cfg.policy.max_total_sequence_length)
 
 
 def stop_if_not_finite(run: Run, result: dict[str, float], samples: list[Sample]) -> None:

@@ -28,7 +28,7 @@ from benchmarks.step_time import COMPILED, GEOMETRIES, SETTINGS, make_model  # n
 from config import load_config  # noqa: E402
 from hardware import Shape  # noqa: E402
 from model import Sequences  # noqa: E402
-from policy import COMPILE_TOKENS, PolicyWorker  # noqa: E402
+from policy import WARM_UP_TOKENS, PolicyWorker  # noqa: E402
 from train_grpo import grpo_loss  # noqa: E402
 
 ROWS = 25  # of each table
@@ -78,7 +78,7 @@ def main() -> None:
         worker.setup(f"127.0.0.1:{port}")
         shape = Shape.of(model)
     if not args.cpu:
-        worker.compile(COMPILE_TOKENS, logprobs=False)
+        worker.warm_up(WARM_UP_TOKENS, logprobs=False)
     vocabulary = shape.head_weights // shape.hidden
     batch = random_batch(args.sequences, args.prompt_tokens, args.answer_tokens, vocabulary, args.group)
     counts = {"num_valid_tokens": float(args.sequences * args.answer_tokens), "num_valid_sequences": args.sequences}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import GRPO, LossFn, RewardScaling, RewardShaping
+from config import GRPO, LossFn, RewardShaping
 from model import pack
 from train_grpo import Sample, combine_steps, group_advantages, groups_with_signal, grpo_loss, shaped_rewards
 
@@ -251,21 +251,23 @@ def answer(prompt=0, reward=0.0, status="correct", length=4):
     return Sample(prompt, tokens, tokens, tokens.astype(np.float32), False, "", reward, status)
 
 
-def test_reward_scaling_clamps():
-    g = GRPO(reward_scaling=RewardScaling(True, 0.0, 2.0, -1.0, 1.0))
-    assert shaped_rewards([answer(reward=r) for r in (-5.0, 0.0, 0.5, 2.0, 9.0)], g) == [-1.0, -1.0, -0.5, 1.0, 1.0]
-
-
 def test_overlong_penalty_grows_over_the_buffer():
-    """DAPO: nothing up to 16 tokens, then linear to the full penalty at 20."""
+    """DAPO: nothing up to 16 tokens, then linear to the full penalty at 20, and no more than that."""
     g = GRPO(
         reward_shaping=RewardShaping(
             True, overlong_buffer_length=4, overlong_buffer_penalty=2.0, max_response_length=20
         )
     )
-    lengths = (1, 16, 17, 19, 20)
-    assert shaped_rewards([answer(reward=1.0, length=n) for n in lengths], g) == [1.0, 1.0, 0.5, -0.5, -1.0]
-    assert shaped_rewards([answer(reward=1.0, length=n) for n in lengths], GRPO()) == [1.0] * 5
+    lengths = (1, 16, 17, 19, 20, 500)
+    assert shaped_rewards([answer(reward=1.0, length=n) for n in lengths], g).tolist() == [
+        1.0,
+        1.0,
+        0.5,
+        -0.5,
+        -1.0,
+        -1.0,
+    ]
+    assert shaped_rewards([answer(reward=1.0, length=n) for n in lengths], GRPO()).tolist() == [1.0] * 6
 
 
 def test_groups_with_signal_are_whole_groups_of_verified_answers():
@@ -275,30 +277,18 @@ def test_groups_with_signal_are_whole_groups_of_verified_answers():
 
 
 def test_metrics_of_several_optimizer_steps():
-    """Token means weigh by trained tokens; extrema are extrema; the rest are plain means."""
+    """Token means weigh by trained tokens, also those of a metric that somebody adds; extrema are extrema; what an
+    optimizer step has once is a plain mean."""
     steps = [
-        {
-            "loss": 1.0,
-            "gen_kl_error": 0.3,
-            "x_max": 1.0,
-            "x_min": 1.0,
-            "trained_token_fraction": 0.5,
-            "trained_tokens": 10,
-        },
-        {
-            "loss": 3.0,
-            "gen_kl_error": 0.6,
-            "x_max": 2.0,
-            "x_min": -1.0,
-            "trained_token_fraction": 1.0,
-            "trained_tokens": 30,
-        },
+        {"loss": 1.0, "mine": 0.3, "x_max": 1.0, "x_min": 1.0, "trained_token_fraction": 0.5},
+        {"loss": 3.0, "mine": 0.6, "x_max": 2.0, "x_min": -1.0, "trained_token_fraction": 1.0},
     ]
-    got = combine_steps(steps)
-    # sums over tokens: 0.3 of 20 valid ones is 6, 0.6 of 30 is 18; trained were 40
-    assert got["gen_kl_error"] == pytest.approx((0.3 * 20 + 0.6 * 30) / 40)
+    got = combine_steps(steps, [20.0, 30.0])
+    # sums over tokens: 0.3 of 20 valid ones is 6, 0.6 of 30 is 18; trained were 10 and 30
+    assert got["mine"] == pytest.approx((0.3 * 20 + 0.6 * 30) / 40)
+    assert got["trained_token_fraction"] == pytest.approx(40 / 50)
     assert (got["loss"], got["x_max"], got["x_min"]) == (2.0, 2.0, -1.0)
-    assert combine_steps([]) == {}
+    assert combine_steps([], []) == {}
 
 
 # ---------------------------------------------------------------- packing

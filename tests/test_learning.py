@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT
 
 from config import load_config
+from launch import RunError, check_gates
 from logger import Logger
-from train_grpo import RunError, check_limits, stop_if_not_finite
+from train_grpo import stop_if_not_finite
 
 pytestmark = pytest.mark.slow
 
@@ -132,19 +133,26 @@ def test_learning_rate_zero_does_not_drift_and_a_limit_stops_the_run(run):
 
 
 class Stub:
-    """The two fields of a Run that the gates look at."""
+    """The two fields of a Run that `stop_if_not_finite` looks at."""
 
     def __init__(self, cfg):
-        self.cfg, self.exceeded, self.log = cfg, {}, Logger(cfg)
+        self.cfg, self.log = cfg, Logger(cfg)
 
 
-def test_limits_count_steps_in_a_row(quickstart_overrides):
-    run = Stub(load_config(ROOT / "recipes" / "quickstart.yaml", quickstart_overrides))
+def test_gates_count_steps_in_a_row(quickstart_overrides):
+    """A step without an update knows nothing of engine and trainer, and leaves that count as it is."""
+    cfg = load_config(ROOT / "recipes" / "quickstart.yaml", quickstart_overrides).grpo
     bad, good = {"num_unverified": 30, "num_samples": 100}, {"num_unverified": 20, "num_samples": 100}
+    exceeded = {}
     for metrics in (bad, bad, good, bad, bad):
-        check_limits(run, metrics)
+        check_gates(cfg, metrics, exceeded)
     with pytest.raises(RunError, match=r"0.3 is above grpo.max_unverified_fraction=0.2 for 3 steps in a row"):
-        check_limits(run, bad)
+        check_gates(cfg, bad, exceeded)
+    apart = good | {"token_mult_prob_error": 1.6}
+    for metrics in (apart, good, apart, good):
+        check_gates(cfg, metrics, exceeded)
+    with pytest.raises(RunError, match=r"1.6 is above grpo.max_token_mult_prob_error=1.5 for 3 steps in a row"):
+        check_gates(cfg, apart, exceeded)
 
 
 def test_a_loss_that_is_not_finite_saves_the_answers(quickstart_overrides, tmp_path):

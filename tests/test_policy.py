@@ -1,7 +1,6 @@
 """The update on real ranks: packed equals plain, two ranks equal one (FSDP2, tensor parallel), only answers train."""
 
 import functools
-import gc
 import math
 import socket
 import tempfile
@@ -18,12 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model
-import policy
 from config import load_config
 from model import MicroBatch, Sequences
 from policy import PolicyWorker, clip_gradients
 from refit import full
-from train_grpo import Sample, grpo_loss, update
+from train_grpo import Sample, grpo_loss, update_policy
 
 pytestmark = pytest.mark.slow
 
@@ -59,8 +57,12 @@ def free_address() -> str:
         return f"127.0.0.1:{s.getsockname()[1]}"
 
 
+def whole(weight):
+    return full(weight, torch.device("cpu"), torch.float32)
+
+
 def full_weights(worker: PolicyWorker):
-    return ((name, full(p)) for name, p in worker.sender.weights.items())
+    return ((name, whole(p)) for name, p in worker.offered.items())
 
 
 def rank_main(rank, world_size, address, cfg, batch, steps, folder):
@@ -72,9 +74,9 @@ def rank_main(rank, world_size, address, cfg, batch, steps, folder):
     metrics = [worker.update(batch, grpo_loss, kwargs) for _ in range(steps)]
     weights_of = {name: tensor.detach().clone() for name, tensor in full_weights(worker)}
     weights = {name: tensor.numpy() for name, tensor in weights_of.items()}
-    for index, bucket in enumerate(worker.sender.layout):
+    for index, bucket in enumerate(worker.buckets):
         whole = torch.cat([weights_of[name].reshape(-1) for name, _ in bucket])
-        assert torch.equal(worker.sender.flat(index), whole), f"bucket {index} of rank {rank} is not the weights"
+        assert torch.equal(worker.flat_bucket(index), whole), f"bucket {index} of rank {rank} is not the weights"
     after, reference = worker.logprobs(batch), worker.logprobs(batch, reference=True)
     torch.save((metrics, weights if rank == 0 else None, after, reference), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
@@ -191,7 +193,7 @@ def test_one_step_against_plain_autograd(config, tiny_model):
 
 
 class Run:
-    """What `train_grpo.update` needs of a run: the configuration, a real rank, no profile, no known peaks."""
+    """What `train_grpo.update_policy` needs of a run: the configuration, a real rank, no profile, no known peaks."""
 
     def __init__(self, cfg):
         self.cfg, self.policy = cfg, PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
@@ -228,7 +230,7 @@ def test_the_end_token_is_trained_on_where_the_model_stopped(start_run, tiny_mod
     tokenizer.save_pretrained(tmp_path)
     run = start_run(f"policy.model_name={tmp_path}", "policy.max_grad_norm=1e9", "policy.optimizer.lr=0")
     samples = [sample(0, [7, end, 8, end], [40, end, 41, end], False, 1.0), sample(0, [9], [40, 41, 42], True, 0.0)]
-    metrics = update(run, samples, torch.tensor([1.0, -0.5]))
+    metrics = update_policy(run, samples, torch.tensor([1.0, -0.5]))
     total = entropy = 0.0
     for s, advantage in zip(samples, [1.0, -0.5], strict=True):
         prompt, response = s.prompt_ids.tolist(), s.response_ids.tolist()
@@ -249,7 +251,7 @@ def test_nonfinite_engine_logprobs_are_masked_and_counted(start_run):
     samples = [sample(0, [7], [40, 41, 42, 43], False, 1.0), sample(0, [9], [40, 41, 42], False, 0.0)]
     samples[0].rollout_logprobs[1] = np.nan
     samples[1].rollout_logprobs[2] = -np.inf
-    metrics = update(run, samples, torch.tensor([1.0, -0.5]))
+    metrics = update_policy(run, samples, torch.tensor([1.0, -0.5]))
     assert metrics["num_nonfinite_logprobs"] == 2
     assert metrics["loss"] == pytest.approx(-(3 * 1.0 - 2 * 0.5) / 5, rel=1e-6)
     assert all(math.isfinite(value) for value in metrics.values())
@@ -261,7 +263,7 @@ def test_an_answer_that_was_not_verified_is_not_counted(start_run):
     samples = [sample(0, [7], ids, False, 1.0) for ids in ([40, 41, 42, 43], [40, 41, 42], [44, 45])]
     samples[2].status = "timeout"
     assert not samples[2].verified
-    metrics = update(run, samples, torch.tensor([1.0, -0.5, 0.0]))
+    metrics = update_policy(run, samples, torch.tensor([1.0, -0.5, 0.0]))
     assert metrics["loss"] == pytest.approx(-(1.0 - 0.5) / 2, rel=1e-6)
 
 
@@ -272,12 +274,12 @@ def test_answers_without_advantage_cost_nothing_and_change_nothing(start_run):
     rng = np.random.default_rng(0)
     samples = [sample(i // 2, rng.integers(3, 200, 5), rng.integers(3, 200, 4), False, 0.0) for i in range(8)]
     advantages = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.5, -0.5, 0.0, 0.0])
-    skipped = update(skipping, samples, advantages)
+    skipped = update_policy(skipping, samples, advantages)
     torch.distributed.destroy_process_group()
     everything = start_run("loss_fn.reference_policy_kl_penalty=1e-30")
-    everything.policy.keep_reference, everything.policy.reference = True, everything.policy._local_weights()
+    everything.policy.keep_reference, everything.policy.reference = True, everything.policy.local_weights()
     everything.policy.logprobs = functools.partial(ordered_logprobs, everything.policy)
-    whole = update(everything, samples, advantages)
+    whole = update_policy(everything, samples, advantages)
     assert skipped["trained_token_fraction"] == pytest.approx(0.5)
     assert whole["trained_token_fraction"] == pytest.approx(1.0)
     for name in ("loss", "grad_norm"):
@@ -292,7 +294,7 @@ def test_ratios_of_a_second_optimizer_step_are_against_the_weights_before_the_fi
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
     run = start_run("policy.train_global_batch_size=2")
     run.policy.logprobs = functools.partial(ordered_logprobs, run.policy)
-    metrics = update(run, samples, advantages)
+    metrics = update_policy(run, samples, advantages)
     weights = {name: w.clone() for name, w in full_weights(run.policy)}
     torch.distributed.destroy_process_group()
     again = start_run()
@@ -327,34 +329,34 @@ def test_a_gradient_that_is_not_finite_changes_nothing(start_run):
     worker, batch = run.policy, random_batch(3)
     batch.per_sequence["advantages_T"][1] = np.inf
     batch.per_token["mask_T"][1][:] = 1
-    before = [w.clone() for w in worker._local_weights()]
+    before = [w.clone() for w in worker.local_weights()]
     metrics = worker.update(batch, grpo_loss, {"cfg": run.cfg.loss_fn, **counts(batch)})
     assert not np.isfinite(metrics["grad_norm"])
-    assert all(torch.equal(a, b) for a, b in zip(before, worker._local_weights(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, worker.local_weights(), strict=True))
     assert worker.steps_done == 0
 
 
-def test_gradients_are_clipped_together_and_compiling_leaves_nothing_behind(config):
-    """All gradients are scaled by one factor where their common norm is above the limit, and by nothing below it."""
+def test_gradients_are_clipped_together_and_warming_up_leaves_nothing_behind(config):
+    """All gradients are scaled by one factor where their common norm is above the limit, and by nothing below it or
+    without a limit."""
     cfg = config()
     worker = PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
     worker.setup(free_address())
     try:
-        params, weights = list(worker.model.parameters()), [full(p).clone() for p in worker.model.parameters()]
-        worker.compile(tokens=24, logprobs=True)
-        assert gc.get_freeze_count() > 10_000  # what exists by now is not gone through in later collections
-        assert all(p.grad is None and torch.equal(full(p), w) for p, w in zip(params, weights, strict=True))
+        params, weights = list(worker.model.parameters()), [whole(p).clone() for p in worker.model.parameters()]
+        worker.warm_up(tokens=24, logprobs=True)
+        assert all(p.grad is None and torch.equal(whole(p), w) for p, w in zip(params, weights, strict=True))
         torch.manual_seed(0)
         for p in params:
             p.grad = torch.randn_like(p)
-        before = [full(p.grad).clone() for p in params]
+        before = [whole(p.grad).clone() for p in params]
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in before))
-        local = worker._local_gradients()
-        assert clip_gradients(params, local, 2 * norm).item() == pytest.approx(norm, rel=1e-6)
-        assert all(torch.equal(full(p.grad), g) for p, g in zip(params, before, strict=True))
-        clip_gradients(params, local, norm / 4)
+        for limit in (2 * norm, None):
+            assert clip_gradients(params, limit).item() == pytest.approx(norm, rel=1e-6)
+            assert all(torch.equal(whole(p.grad), g) for p, g in zip(params, before, strict=True))
+        clip_gradients(params, norm / 4)
         for p, g in zip(params, before, strict=True):
-            torch.testing.assert_close(full(p.grad), g / 4, rtol=1e-5, atol=0)
+            torch.testing.assert_close(whole(p.grad), g / 4, rtol=1e-5, atol=0)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -369,12 +371,12 @@ def test_float16_gradients_neither_vanish_nor_overflow(config):
         worker.setup(free_address())
         try:
             worker.loss_scale = scale or worker.loss_scale
-            before = torch.cat([w.flatten() for w in worker._local_weights()])
+            before = torch.cat([w.flatten() for w in worker.local_weights()])
             batch = random_batch(6)
             many = {name: 1e6 * count for name, count in counts(batch).items()}  # as of a part of a huge batch
             norm = worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **many})["grad_norm"]
             assert worker.steps_done == 1
-            after = torch.cat([w.flatten() for w in worker._local_weights()])
+            after = torch.cat([w.flatten() for w in worker.local_weights()])
             return norm, worker.loss_scale, after.double() - before.double()
         finally:
             torch.distributed.destroy_process_group()
@@ -426,24 +428,23 @@ def test_saved_folder_is_plain_hugging_face(config, tmp_path):
     assert loaded.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token_id
 
 
-def test_loaded_moments_arrive_where_the_optimizer_has_them(config, monkeypatch, tmp_path):
-    """With cpu_offload on a GPU, a moment seen as a sharded tensor is a copy: here it always is."""
-    cfg, real = config(), policy.sharded_like
-    monkeypatch.setattr(policy, "sharded_like", lambda weight, shard: real(weight, shard.clone()))
+def test_loaded_moments_arrive_where_the_optimizer_has_them(config, tmp_path):
+    """Also those of a policy that has not been updated yet, whose count of steps must be 0."""
+    cfg = config()
     worker = PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
     worker.setup(free_address())
     try:
-        batch = random_batch(3)
-        worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts(batch)})
-        worker.save(str(tmp_path), lambda: None)
-        assert worker.wait_saved()[0] is None
-        moments = [worker.optimizer.state[shard][key] for shard in worker.shards for key in ("exp_avg", "exp_avg_sq")]
-        before = [m.clone() for m in moments]
-        for moment in moments:
-            moment.zero_()
-        worker.load(f"{tmp_path}/training_state")
-        assert any(m.any() for m in before)
-        assert all(torch.equal(m, b) for m, b in zip(moments, before, strict=True))
+        for steps in range(2):
+            (tmp_path / str(steps)).mkdir()
+            worker.save(str(tmp_path / str(steps)), lambda: None)
+            assert worker.wait_saved()[0] is None
+            batch = random_batch(3)
+            worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts(batch)})
+        state = [worker.optimizer.state[w] for w in worker.weights]
+        for steps, some in ((1, True), (0, False)):
+            worker.load(f"{tmp_path}/{steps}/training_state")
+            assert worker.steps_done == steps and all(s["step"] == steps for s in state)
+            assert any(whole(s["exp_avg"]).any() for s in state) == some
     finally:
         torch.distributed.destroy_process_group()
 
@@ -512,16 +513,25 @@ def test_micro_batch_by_hand():
     assert mb.sequence_T.tolist() == [0, 0, 1, 2, 2, 2]
     assert mb.extras_T["mask_T"].tolist() == [1, 0, 1, 1, 1, 1]
     assert mb.extras_T["advantages_T"].tolist() == [0.5, 0.5, 1.5, -2.0, -2.0, -2.0]
-    places = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in mb.attention.items()}
-    assert places == {
+    o, x = False, True
+    assert mb.attention["mask_NN"].tolist() == [
+        [x, o, o, o, o, o, o, o, o],
+        [x, x, o, o, o, o, o, o, o],
+        [o, o, x, o, o, o, o, o, o],
+        [x, x, o, x, o, o, o, o, o],
+        [x, x, o, x, x, o, o, o, o],
+        [x, x, o, o, o, x, o, o, o],
+        [o, o, x, o, o, o, x, o, o],
+        [o, o, x, o, o, o, x, x, o],
+        [o, o, x, o, o, o, x, x, x],
+    ]
+    kernels = MicroBatch.build(batch, torch.device("cpu"), kernels=True).attention
+    assert {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in kernels.items()} == {
         "cu_seqlens": [0, 2, 3, 5, 6, 9],
         "prompt_of": [-1, -1, 0, 0, 1],
         "cu_answers": [0, 3, 6],
         "prompt_tokens": 3,
         "max_seqlen": 3,
-        "whole_SL": [[0, 1, 3, 4], [0, 1, 5, 0], [2, 6, 7, 8]],
-        "row_N": [0, 0, 2, 0, 0, 1, 2, 2, 2],
-        "column_N": [0, 1, 0, 2, 3, 2, 1, 2, 3],
     }
 
 

@@ -9,12 +9,13 @@ import ray
 import torch
 from conftest import ROOT
 
+import refit
 from config import load_config
 from hardware import Shape, not_for_kv_cache
 from launch import StopRequests, explain, start_ray
 from model import Sequences
 from policy import Policy
-from refit import Link, WeightReceiver
+from refit import Link, WeightReceiver, WeightSender
 from rollout import RolloutEngines
 from train_grpo import grpo_loss
 
@@ -132,34 +133,21 @@ def test_refits_of_several_engines_on_a_gpu_keep_no_memory(pair):
     assert max(peaks[1:]) < peaks[1] + 2 * weights_gib  # an engine may let go of the last ones a little late
 
 
-@pytest.mark.parametrize(("extra", "replayed"), [(None, True), ("padding", True), ("scaled", False), ("half", False)])
-def test_copies_are_noted_once_unless_more_than_copying_is_done(extra, replayed):
-    """`load_weights` stacks two weights in one of the engine's, transposes one, and pads, scales or forgets the last;
-    buckets begin anywhere in their memory, as CUDA IPC hands them over."""
-    stacked, turned, last = torch.zeros(5, 3), torch.zeros(4, 2), torch.ones(4)
-    calls = []
-
-    def load_weights(weights: list[tuple[str, torch.Tensor]]) -> None:
-        calls.append(names := dict(weights))
-        stacked[:2].copy_(names["a"])
-        stacked[2:].copy_(names["b"])
-        turned.copy_(names["c"].t())
-        last[: 1 if extra == "half" else 2].copy_(names["d"][: 1 if extra == "half" else 2])
-        if extra == "padding":
-            last[2:].fill_(0)
-        if extra == "scaled":
-            last.mul_(2)
-
-    layout = [[("a", (2, 3)), ("b", (3, 3)), ("c", (2, 4)), ("d", (2,))]]
-    receiver = WeightReceiver(layout, 0, torch.float32, torch.device("cpu"), load_weights)
-    for start, offset in ((0.0, 3), (100.0, 0), (200.0, 7)):
-        flat = torch.cat([torch.full((offset,), -1.0), torch.arange(25) + start])[offset:]
-        receiver.put(0, flat)
-        a, b, c, d = flat.split([6, 9, 8, 2])
-        assert torch.equal(stacked, torch.cat([a.view(2, 3), b.view(3, 3)]))
-        assert torch.equal(turned, c.view(2, 4).t())
-        assert last[0] == d[0] * (2 if extra == "scaled" else 1)
-    assert len(calls) == (1 if replayed else 3)
+def test_weights_arrive_under_their_names_whatever_the_buckets(monkeypatch):
+    """Sent as bytes from one side, read on the other: names, shapes and values, in buckets of about 40 bytes."""
+    monkeypatch.setattr(refit, "BUCKET_BYTES", 40)
+    weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.full((5,), 7.0), "c": torch.arange(8.0).view(2, 2, 2)}
+    sender, receiver, got = WeightSender(), WeightReceiver(), []
+    for side in (sender, receiver):
+        side.device, side.dtype = torch.device("cpu"), torch.float32
+    sender.rank, receiver.load_weights = 0, got.extend
+    sender.offer_weights({name: torch.nn.Parameter(w) for name, w in weights.items()})
+    assert [[name for name, _ in bucket] for bucket in sender.weight_buckets()] == [["a", "b"], ["c"]]
+    receiver.expect_weights(sender.weight_buckets(), place=0)
+    for index in range(2):
+        receiver.load_weight_bucket(index, sender.weight_bucket(index, "object store", readers=0))
+    assert dict(got).keys() == weights.keys()
+    assert all(torch.equal(dict(got)[name], w) for name, w in weights.items())
 
 
 ONE_TO_ONE = {  # GPUs of five engines; what each takes: (readers of the message, who sent it, which of them); who joins
@@ -183,7 +171,7 @@ def test_each_engine_gets_a_handle_of_its_own(by):
         def __init__(self, name: str):
             self.name, self.joined = name, None
 
-        def weight_layout(self):
+        def weight_buckets(self):
             return [[("w", (1,))]]
 
         def address(self):
@@ -195,7 +183,7 @@ def test_each_engine_gets_a_handle_of_its_own(by):
         def weight_bucket(self, index, by, readers):
             return [(self.name, i) for i in range(readers)] if by == "ipc" else None
 
-        def expect_weights(self, layout, place):
+        def expect_weights(self, buckets, place):
             self.place = place
 
         def load_weight_bucket(self, index, sent, readers):

@@ -64,7 +64,7 @@ def warm_model(arithmetic_rows, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("warm") / "model"
     script = [sys.executable, str(ROOT / "recipes" / "quickstart_model.py"), "--output", str(folder)]
     subprocess.run(
-        [*script, "--data", str(arithmetic_rows / "train.jsonl")], check=True, capture_output=True, timeout=120
+        [*script, "--data", str(arithmetic_rows / "train.jsonl")], check=True, capture_output=True, timeout=600
     )
     return folder
 

@@ -17,22 +17,28 @@ usage; 85 stopped by SIGTERM, SIGUSR1 or checkpointing.checkpoint_must_save_by, 
 command; 143 second SIGTERM, which saves nothing.
 """
 
-import argparse
 import math
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from checkpoint import Checkpoints, Position
-from config import GRPO, Config, ConfigError, LossFn, help_text, load_config
+from config import GRPO, Config, ConfigError, LossFn
 from hardware import Limits, Shape, memory_table, not_for_kv_cache
-from launch import STOPPED, RunError, Stopped, StopRequests, check_before_start, explain, start_ray, wait_for_loading
+from launch import (
+    RunError,
+    Stopped,
+    StopRequests,
+    check_before_start,
+    config_from_command_line,
+    run_main,
+    start_ray,
+    wait_for_loading,
+)
 from logger import Logger
 from model import HEAD_CHUNK, Sequences
 from policy import Policy
@@ -389,6 +395,7 @@ TOKEN_MEANS = {
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
     """What the step's answers were like; rewards over verified answers only."""
     rewards = [s.reward for s in samples if s.verified]
+    prompt_tokens = sum({s.prompt: len(s.prompt_ids) for s in samples}.values())  # a group's prompt counts once
     return {
         "reward": float(np.mean(rewards)) if rewards else 0.0,
         "frac_zero_signal_groups": 1 - len(groups_with_signal(samples)) / len({s.prompt for s in samples}),
@@ -396,7 +403,7 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
         "mean_gen_tokens": float(np.mean([len(s.response_ids) for s in samples])),
         "num_samples": len(samples),
         "num_unverified": sum(not s.verified for s in samples),
-        "total_tokens": sum(len(s.prompt_ids) + len(s.response_ids) for s in samples),
+        "total_tokens": prompt_tokens + sum(len(s.response_ids) for s in samples),
     }
 
 
@@ -593,29 +600,8 @@ def stop_if_not_finite(run: Run, result: dict[str, float], samples: list[Sample]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Train a model with GRPO.", epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default="config.yaml", help="YAML file (default: config.yaml)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="changes to it; + and ++ are accepted"
-    )
-    args = parser.parse_intermixed_args()
-    try:
-        train(load_config(args.config, args.overrides))
-    except (ConfigError, RunError) as e:
-        sys.exit(f"error: {e}")
-    except Stopped as e:
-        print(f"stopped by {e}; the same command continues from the newest checkpoint", file=sys.stderr, flush=True)
-        sys.exit(STOPPED)
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
-    except Exception as e:
-        print(f"error: {explain(e)}", file=sys.stderr, flush=True)
-        raise
-    finally:
-        ray.shutdown()
+    train(config_from_command_line("Train a model with GRPO."))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

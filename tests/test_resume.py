@@ -136,7 +136,7 @@ def stop_by_sigterm(given: list[str], folder: Path) -> int:
         assert run.process.wait(timeout=60) == 85
     assert psutil.wait_procs(family, timeout=20)[1] == []
     lines = (folder / "stderr").read_text()
-    assert "stopped by SIGTERM; the same command continues from the newest checkpoint" in lines
+    assert "stopped by SIGTERM; the same command continues from what was saved" in lines
     assert "SIGTERM received" not in lines
     assert "Traceback" not in lines
     last = read(metrics)[-1]["step"]
@@ -305,7 +305,7 @@ def config_of(folder: Path, quickstart_overrides: list[str], *more: str):
 def test_folders_that_are_no_checkpoints(quickstart_overrides, tmp_path):
     for name in ("tmp_step_9/training_state", "tmp_step_rest", "step_x", "step_7/training_state"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"step_7' cannot be resumed, it has no readable run.json"):
+    with pytest.raises(ConfigError, match=r"step_7' cannot be continued: run.json is missing, damaged or of another"):
         Checkpoints(config_of(tmp_path / "runs", quickstart_overrides))
     shutil.rmtree(tmp_path / "runs" / "step_7")
     assert Checkpoints(config_of(tmp_path / "runs", quickstart_overrides)).position == Position()

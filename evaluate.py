@@ -98,20 +98,13 @@ def report(metrics: dict[str, float]) -> None:
 # ---------------------------------------------------------------- what is there already
 
 
-def settings_of(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
-    """What decides the answers: they are only continued under the same."""
-    folder = Path(args.model)
-    weights = [(w.name, w.stat()) for w in sorted(folder.glob("*.safetensors"))]  # none of a name on the hub
-    return {
-        "model": str(folder.resolve()) if weights else args.model,
-        "weights": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in weights],
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the answers: they are only continued under the same. Of a model in a folder its files count."""
+    names = ("k", "temperature", "max_new_tokens", "max_total_sequence_length", "seed")
+    weights = [(file.name, file.stat()) for file in sorted(Path(args.model).glob("*.safetensors"))]
+    return {name: vars(args)[name] for name in names} | {
+        "model": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in weights] or args.model,
         "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
-        "k": args.k,
-        "temperature": args.temperature,
-        "max_new_tokens": args.max_new_tokens,
-        "max_total_sequence_length": cfg.policy.max_total_sequence_length,
-        "precision": cfg.policy.precision,
-        "seed": args.seed,
     }
 
 
@@ -161,28 +154,24 @@ def configure(args: argparse.Namespace) -> Config:
         model = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as e:
         raise ConfigError(f"cannot load --model {args.model}: {' '.join(str(e).split())[:200]}") from None
-    saved_in = str(model.dtype).removeprefix("torch.")
-    precision = saved_in if saved_in in ("bfloat16", "float16", "float32") else "bfloat16" if gpus else "float32"
+    precision = str(model.dtype).removeprefix("torch.")
+    if precision not in ("bfloat16", "float16", "float32"):
+        precision = "bfloat16" if gpus else "float32"
     longest = getattr(model, "max_position_embeddings", None) or args.max_total_sequence_length
     length = min(args.max_total_sequence_length, longest)
-    gib = args.kv_cache_gib or (None if gpus else 1)
-    engine = VllmCfg(
-        max_model_len=length, kv_cache_memory_bytes=int(gib * 2**30) if gib else None, enforce_eager=not gpus
-    )
-    generation = Generation(max_new_tokens=args.max_new_tokens, vllm_cfg=engine, colocated=Colocated(sleep=False))
-    return Config(
-        policy=PolicyCfg(
-            model_name=args.model, precision=precision, max_total_sequence_length=length, generation=generation
-        ),
-        cluster=Cluster(num_nodes=1, gpus_per_node=engines if gpus else 0, cpu_ranks_per_node=engines, timeout_s=7200),
-    )
+    gib = args.kv_cache_gib or (0 if gpus else 1)
+    vllm = VllmCfg(max_model_len=length, kv_cache_memory_bytes=int(gib * 2**30) or None, enforce_eager=not gpus)
+    gen = Generation(max_new_tokens=args.max_new_tokens, vllm_cfg=vllm, colocated=Colocated(sleep=False))
+    policy = PolicyCfg(model_name=args.model, precision=precision, max_total_sequence_length=length, generation=gen)
+    machine = Cluster(num_nodes=1, gpus_per_node=engines if gpus else 0, cpu_ranks_per_node=engines, timeout_s=7200)
+    return Config(policy=policy, cluster=machine)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """Sample and score the rows that are missing, then summarize all. Returns the metrics."""
     cfg, tokenizer = configure(args), load_tokenizer(args.model)
     data = Rows(args.data, tokenizer, cfg.policy.max_total_sequence_length)
-    check_settings(args.output, settings_of(args, cfg))
+    check_settings(args.output, settings_of(args))
     samples = args.output / "samples.jsonl"
     wanted, done = range(len(data))[: args.limit], finished_rows(samples, args.k)
     scored = {row for row, answers in done.items() if all(a["status"] != "unreachable" for a in answers)}
@@ -190,7 +179,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     if len(missing) < len(wanted):
         print(f"{samples} has {len(wanted) - len(missing)} of {len(wanted)} rows")
     if missing:
-        add_rows(args, cfg, tokenizer, data, missing)
+        stop = StopRequests(None)
+        with stop.interruptible():
+            add_rows(args, cfg, tokenizer, data, missing, stop)
         done = finished_rows(samples, args.k)
     metrics = summarize([done[row] for row in wanted], args.k)
     report(metrics)
@@ -199,13 +190,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     return metrics
 
 
-def add_rows(args: argparse.Namespace, cfg: Config, tokenizer: Any, data: Rows, rows: list[int]) -> None:
+def add_rows(
+    args: argparse.Namespace, cfg: Config, tokenizer: Any, data: Rows, rows: list[int], stop: StopRequests
+) -> None:
     """Append `k` scored answers to each of `rows` to samples.jsonl, as they come."""
     pending: deque[tuple[list[dict], Future]] = deque()  # answers to one row each, and their verdicts
     seeds = [args.seed * 2**31 + row * args.k for row in rows]  # of a row alone; vLLM adds the number of the answer
     rewards = RewardClient(Env(reward_url=args.reward_url, reward_workers=os.cpu_count() or 2), args.output)
     try:
-        engines = RolloutEngines(cfg, start_ray(cfg, StopRequests(None)), model_name=args.model)
+        engines = RolloutEngines(cfg, start_ray(cfg, stop), model_name=args.model)
         prompts, stop_ids = [data.prompt_ids[row] for row in rows], end_of_sequence_ids(args.model, tokenizer)
         groups = engines.generate(prompts, args.k, seeds, stop_ids, args.temperature)
         with (args.output / "samples.jsonl").open("a") as file:

@@ -142,7 +142,8 @@ class Limits:
         """Least seconds and FLOPs of an update on these sequences; arguments as of `generation`.
 
         The backward pass makes two products for each one of the forward pass: 3 times that in all. Recomputation is a
-        choice and does not count."""
+        choice and does not count.
+        """
         if not self.peaks:
             return {}
         lengths = [np.array(x, dtype=np.int64) for x in (prompt_S, prompts_S, responses_S)]

@@ -242,16 +242,15 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_compatible(cfg: Config, saved: dict[str, Any], folder: Path, train_sha256: str) -> None:
     """Raise ConfigError for the first thing that makes this another experiment than the one in `folder`."""
-    advice = f"to continue '{folder}' set it back; to start anew choose another checkpointing.checkpoint_dir"
     before, now = flat(saved["config"]), flat(dataclasses.asdict(cfg))
+    contents = "the contents (sha256) of data.train_jsonl_fpath"
+    before[contents], now[contents] = saved["train_sha256"], train_sha256
     for name in sorted(now.keys() & before.keys()):
         if now[name] != before[name] and not name.startswith(MAY_CHANGE):
-            raise ConfigError(f"{name} was {before[name]} and is {now[name]}: {advice}")
-    if saved["train_sha256"] != train_sha256:
-        raise ConfigError(
-            f"data.train_jsonl_fpath='{cfg.data.train_jsonl_fpath}' has other contents than when '{folder}' was saved "
-            f"(sha256 was {saved['train_sha256'][:12]} and is {train_sha256[:12]}): {advice}"
-        )
+            raise ConfigError(
+                f"{name} was {before[name]} and is {now[name]}: to continue '{folder}' set it back; to start anew "
+                "choose another checkpointing.checkpoint_dir"
+            )
     if saved["world_size"] != cfg.world_size:
         print(
             f" • {saved['world_size']} ranks became {cfg.world_size}: weights and optimizer state are redistributed, "

@@ -178,7 +178,7 @@ class Limits:
 def resident_bytes(cfg: Config, shape: Shape) -> dict[str, float]:
     """What a rank of the policy keeps on its GPU from step to step, whether engines sleep or sample."""
     d = cfg.policy.dtensor_cfg
-    weights = (shape.layer_weights / d.tensor_parallel_size + shape.outside_layers) * d.tensor_parallel_size
+    weights = shape.layer_weights + d.tensor_parallel_size * shape.outside_layers  # of all ranks together
     shard = 0 if d.cpu_offload else weights / cfg.world_size
     return {"policy: float32 master weights": 4 * shard, "policy: AdamW moments": 8 * shard}
 

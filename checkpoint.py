@@ -155,7 +155,7 @@ def publish(unfinished: Path, cfg: Checkpointing) -> None:
     if not (unfinished / "run.json").exists():
         raise FileNotFoundError(f"{unfinished} was removed while it was being written")  # by the run that came after
     for path in [*unfinished.rglob("*"), unfinished]:
-        flush(path)  # on disk before it has its name: the power may go too
+        flush(path)  # everything is on the disk before the folder has its name, even if the power fails
     folder = unfinished.with_name(unfinished.name.removeprefix("tmp_"))
     unfinished.rename(folder)
     flush(folder.parent)
@@ -175,9 +175,9 @@ def flush(path: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Rename, then remove: who dies half-way leaves nothing that looks like a checkpoint.
+    """Rename a folder, then remove it: a death in between leaves nothing that looks like a checkpoint.
 
-    Does nothing if it is gone: ranks of a killed run may live for a moment and publish what they had written.
+    It may be gone already: the ranks of a killed run live on for a moment and may publish what they had written.
     """
     rest = tempfile.mkdtemp(prefix="tmp_step_", dir=folder.parent)
     with suppress(FileNotFoundError):
@@ -186,7 +186,8 @@ def remove(folder: Path) -> None:
 
 
 def kept_steps(scores: dict[int, float | None], keep_top_k: int | None, higher_is_better: bool) -> set[int]:
-    """The best `keep_top_k` steps (None: all) and the latest. Ties: the newer; without a score (None, NaN): last."""
+    """The best `keep_top_k` steps (None: all) and the latest. Of equal steps the newer is better; a step without a
+    score (None, NaN) is worse than any with one."""
 
     def rank(step: int) -> tuple[bool, float, int]:
         score = scores[step]
@@ -217,7 +218,7 @@ def read_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]]:
     try:
         saved = json.loads(path.read_text())
         position = Position(**saved["position"])
-        _ = saved["wandb_id"], saved["train_sha256"], saved["world_size"], saved["config"]
+        _ = saved["wandb_id"], saved["train_sha256"], saved["world_size"], saved["config"]  # are they there?
         path = folder / "training_state" / ".metadata"
         for part in FileSystemReader(path.parent).read_metadata().storage_data.values():
             path = folder / "training_state" / part.relative_path

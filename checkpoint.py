@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from contextlib import suppress
@@ -24,19 +23,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint import FileSystemReader
+
 from config import Checkpointing, Config, ConfigError
 from launch import RunError
 from policy import Policy
 
-# What may differ when a run continues: paths, limits, logging, and where and in what portions the work is done. The
-# last may change rounding, not the algorithm. Everything else must stay, or the run would be two halves of different
-# experiments.
+# Keys (or how they begin) that may differ when a run continues: paths, limits, logging, and where and in what portions
+# the work is done. The last may change rounding, not the algorithm. With any other key changed the run would be two
+# halves of different experiments.
 MAY_CHANGE = (
-    "checkpointing.", "cluster.", "data.train_jsonl_fpath", "data.validation_jsonl_fpath", "env.judge_url",
-    "env.reward_", "grpo.gate_patience", "grpo.max_", "grpo.num_val_", "grpo.val_", "logger.",
-    "policy.dtensor_cfg.", "policy.generation.colocated.", "policy.generation.vllm_cfg.",
-    "policy.generation.vllm_kwargs.", "policy.sequence_packing.",
-)  # fmt: skip
+    "checkpointing.",
+    "cluster.",
+    "data.train_jsonl_fpath",
+    "data.validation_jsonl_fpath",
+    "env.judge_url",
+    "env.reward_",
+    "grpo.gate_patience",
+    "grpo.max_",
+    "grpo.num_val_",
+    "grpo.val_",
+    "logger.",
+    "policy.dtensor_cfg.",
+    "policy.generation.colocated.",
+    "policy.generation.vllm_",
+    "policy.sequence_packing.",
+)
 
 
 @dataclasses.dataclass
@@ -54,7 +66,8 @@ class Checkpoints:
     """The folder of one run. Opening it removes what is half-written and finds what to continue from."""
 
     def __init__(self, cfg: Config):
-        """Raises ConfigError if another run uses the folder, or data or configuration do not fit what it holds."""
+        """Raises ConfigError if another run uses the folder, if its newest checkpoint is damaged, or if data or
+        configuration do not fit it."""
         self.cfg, self.dir = cfg, Path(cfg.checkpointing.checkpoint_dir)
         self.position, self.wandb_id, self.newest = Position(), None, None
         self.saved_step = 0
@@ -74,10 +87,9 @@ class Checkpoints:
         complete = steps_in(self.dir)
         if complete:
             self.newest = complete[max(complete)]
-            saved = read_run(self.newest)
+            self.position, saved = read_checkpoint(self.newest)
             check_compatible(cfg, saved, self.newest, self.data_sha256)
-            self.position, self.wandb_id = Position(**saved["position"]), saved["wandb_id"]
-            self.saved_step = self.position.step
+            self.wandb_id, self.saved_step = saved["wandb_id"], self.position.step
 
     def _lock(self) -> None:
         self._lock_file = (self.dir / ".lock").open("w")
@@ -101,9 +113,12 @@ class Checkpoints:
         self.wait(policy)
         unfinished = (self.dir / f"tmp_step_{position.step}").resolve()
         run = {
-            "position": dataclasses.asdict(position), "wandb_id": wandb_id, "train_sha256": self.data_sha256,
-            "world_size": self.cfg.world_size, "config": dataclasses.asdict(self.cfg),
-        }  # fmt: skip
+            "position": dataclasses.asdict(position),
+            "wandb_id": wandb_id,
+            "train_sha256": self.data_sha256,
+            "world_size": self.cfg.world_size,
+            "config": dataclasses.asdict(self.cfg),
+        }
         try:
             unfinished.mkdir(parents=True)
             (unfinished / "metrics.json").write_text(json.dumps(position.metrics))
@@ -127,11 +142,12 @@ class Checkpoints:
                 raise self._failed(self.saved_step, error)
 
     def _failed(self, step: int, reason: Any) -> RunError:
-        # torch hides a full disk behind "unexpected pos"
-        left = (
-            f"{shutil.disk_usage(self.dir).free / 2**30:.1f} GiB are free there" if self.dir.is_dir() else "it is gone"
-        )
+        # torch says "unexpected pos" when the disk is full
+        left = f"{shutil.disk_usage(self.dir).free / 2**30:.1f} GiB are free there" if self.dir.is_dir() else "gone"
         return RunError(f"step_{step} could not be written to '{self.dir}' ({left}): {reason}; earlier ones are intact")
+
+
+# ---------------------------------------------------------------- the folders
 
 
 def publish(unfinished: Path, cfg: Checkpointing) -> None:
@@ -139,7 +155,7 @@ def publish(unfinished: Path, cfg: Checkpointing) -> None:
     if not (unfinished / "run.json").exists():
         raise FileNotFoundError(f"{unfinished} was removed while it was being written")  # by the run that came after
     for path in [*unfinished.rglob("*"), unfinished]:
-        flush(path)  # on disk before it has its name: the power may go too
+        flush(path)  # everything is on the disk before the folder has its name, even if the power fails
     folder = unfinished.with_name(unfinished.name.removeprefix("tmp_"))
     unfinished.rename(folder)
     flush(folder.parent)
@@ -159,9 +175,9 @@ def flush(path: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Rename, then remove: who dies half-way leaves nothing that looks like a checkpoint.
+    """Rename a folder, then remove it: a death in between leaves nothing that looks like a checkpoint.
 
-    Does nothing if it is gone: ranks of a killed run may live for a moment and publish what they had written.
+    It may be gone already: the ranks of a killed run live on for a moment and may publish what they had written.
     """
     rest = tempfile.mkdtemp(prefix="tmp_step_", dir=folder.parent)
     with suppress(FileNotFoundError):
@@ -170,35 +186,51 @@ def remove(folder: Path) -> None:
 
 
 def kept_steps(scores: dict[int, float | None], keep_top_k: int | None, higher_is_better: bool) -> set[int]:
-    """The best `keep_top_k` steps (None: all) and the latest. Ties: the newer; without a score (None, NaN): last."""
+    """The best `keep_top_k` steps (None: all) and the latest. Of equal steps the newer is better; a step without a
+    score (None, NaN) is worse than any with one."""
 
     def rank(step: int) -> tuple[bool, float, int]:
         score = scores[step]
-        missing = score is None or math.isnan(score)
-        return missing, 0.0 if missing else -score if higher_is_better else score, -step
+        if score is None or math.isnan(score):
+            return True, 0.0, -step
+        return False, -score if higher_is_better else score, -step
 
-    return set(sorted(scores, key=rank)[:keep_top_k]) | {max(scores, default=0)} & scores.keys()
+    best = sorted(scores, key=rank)[:keep_top_k]
+    return {*best, max(scores)} if scores else set()
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
     """The complete checkpoints in a folder, by step."""
-    return {int(p.name[5:]): p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and p.is_dir()}
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a checkpoint. Raises ConfigError if the folder has none."""
-    try:
-        return json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError):
-        raise ConfigError(
-            f"'{folder}' cannot be resumed, it has no readable run.json; choose another checkpointing.checkpoint_dir "
-            "or remove it"
-        ) from None
+    return {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdecimal() and path.is_dir()}
 
 
 def file_hash(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- what a run may continue from
+
+
+def read_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]]:
+    """The position and run.json of a checkpoint. Raises ConfigError that names the file that is missing or damaged."""
+    path = folder / "run.json"
+    try:
+        saved = json.loads(path.read_text())
+        position = Position(**saved["position"])
+        _ = saved["wandb_id"], saved["train_sha256"], saved["world_size"], saved["config"]  # are they there?
+        path = folder / "training_state" / ".metadata"
+        for part in FileSystemReader(path.parent).read_metadata().storage_data.values():
+            path = folder / "training_state" / part.relative_path
+            if path.stat().st_size < part.offset + part.length:
+                raise EOFError("it is cut off")
+    except Exception as e:  # a file may hold anything
+        raise ConfigError(
+            f"'{folder}' cannot be continued: {path.relative_to(folder)} is missing, damaged or of another version "
+            f"({type(e).__name__}: {' '.join(str(e).split())[:100]}); move '{folder}' away to continue from the step_N "
+            "before it, or choose another checkpointing.checkpoint_dir"
+        ) from None
+    return position, saved
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -211,16 +243,17 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_compatible(cfg: Config, saved: dict[str, Any], folder: Path, train_sha256: str) -> None:
     """Raise ConfigError for the first thing that makes this another experiment than the one in `folder`."""
-    advice = f"to continue '{folder}' set it back; to start anew choose another checkpointing.checkpoint_dir"
     before, now = flat(saved["config"]), flat(dataclasses.asdict(cfg))
+    contents = "the contents (sha256) of data.train_jsonl_fpath"
+    before[contents], now[contents] = saved["train_sha256"], train_sha256
     for name in sorted(now.keys() & before.keys()):
         if now[name] != before[name] and not name.startswith(MAY_CHANGE):
-            raise ConfigError(f"{name} was {before[name]} and is {now[name]}: {advice}")
-    if saved["train_sha256"] != train_sha256:
-        raise ConfigError(
-            f"data.train_jsonl_fpath='{cfg.data.train_jsonl_fpath}' has other contents than when '{folder}' was saved "
-            f"(sha256 was {saved['train_sha256'][:12]} and is {train_sha256[:12]}): {advice}"
-        )
+            raise ConfigError(
+                f"{name} was {before[name]} and is {now[name]}: to continue '{folder}' set it back; to start anew "
+                "choose another checkpointing.checkpoint_dir"
+            )
     if saved["world_size"] != cfg.world_size:
-        print(f" • {saved['world_size']} ranks became {cfg.world_size}: weights and optimizer state are redistributed, "
-              "answers will differ from those of an uninterrupted run")  # fmt: skip
+        print(
+            f" • {saved['world_size']} ranks became {cfg.world_size}: weights and optimizer state are redistributed, "
+            "answers will differ from those of an uninterrupted run"
+        )

@@ -13,23 +13,20 @@ import hashlib
 import json
 import math
 import os
-import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from config import Cluster, Colocated, Config, ConfigError, Env, Generation, PolicyCfg, VllmCfg
-from launch import STOPPED, RunError, Stopped, StopRequests, explain, start_ray
+from launch import RunError, StopRequests, run_main, start_ray
 from reward_client import UNVERIFIED, RewardClient
-from rollout import Group, RolloutEngines
+from rollout import RolloutEngines
 from rows import Rows, end_of_sequence_ids, load_tokenizer
 
 # ---------------------------------------------------------------- the numbers
@@ -89,56 +86,43 @@ def summarize(rows: list[list[dict]], k: int) -> dict[str, float]:
 
 
 def report(metrics: dict[str, float]) -> None:
-    """Print them."""
+    """Print the metrics."""
     for name in metrics:
         if "@" in name and not name.endswith(("_low", "_high")):
             low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
             print(f"{name:8} {metrics[name]:.3f}   95 % interval {low:.3f} to {high:.3f}")
-    print(f"{metrics['answers']} answers to {metrics['rows']} rows, {metrics['truncation_rate']:.1%} cut off, "
-          f"{metrics['num_unverified']} unverified")  # fmt: skip
+    cut_off, unverified = metrics["truncation_rate"], metrics["num_unverified"]
+    print(f"{metrics['answers']} answers to {metrics['rows']} rows, {cut_off:.1%} cut off, {unverified} unverified")
 
 
 # ---------------------------------------------------------------- what is there already
 
 
-def settings_of(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
-    """What decides the answers: they are only continued under the same."""
-    folder = Path(args.model)
-    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return {
-        "model": str(folder.resolve()) if weights else args.model,
-        "weights": [[w.name, w.stat().st_size, w.stat().st_mtime_ns] for w in weights],
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the answers: they are only continued under the same. Of a model in a folder its files count."""
+    names = ("k", "temperature", "max_new_tokens", "max_total_sequence_length", "seed")
+    weights = [(file.name, file.stat()) for file in sorted(Path(args.model).glob("*.safetensors"))]
+    return {name: vars(args)[name] for name in names} | {
+        "model": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in weights] or args.model,
         "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
-        "k": args.k,
-        "temperature": args.temperature,
-        "max_new_tokens": args.max_new_tokens,
-        "max_total_sequence_length": cfg.policy.max_total_sequence_length,
-        "precision": cfg.policy.precision,
-        "seed": args.seed,
     }
 
 
-def check_settings(folder: Path, now: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder of these settings, or raise ConfigError if it has answers that others made."""
+def check_settings(folder: Path, now: dict[str, Any]) -> None:
+    """Make the folder of these settings, or raise ConfigError if it has answers that were made with others."""
     folder.mkdir(parents=True, exist_ok=True)
     path, samples = folder / "settings.json", folder / "samples.jsonl"
-    if overwrite:
-        samples.unlink(missing_ok=True)
-    if samples.exists():
-        before = json.loads(path.read_text()) if path.exists() else {}
-        for name, value in now.items():
-            if before.get(name) != value:
-                raise ConfigError(
-                    f"{samples} was made with {name}={before.get(name)}, not {value}; choose another --output, or "
-                    "--overwrite"
-                )
+    before = json.loads(path.read_text()) if samples.exists() else now
+    if before != now:
+        other = {name: before.get(name) for name in now if before.get(name) != now[name]}
+        raise ConfigError(f"{samples} was made with {other}; choose another --output, or remove that file")
     path.write_text(json.dumps(now, indent=1) + "\n")
 
 
 def finished_rows(path: Path, k: int) -> dict[int, list[dict]]:
     """The `k` answers of each row that has all; the file is rewritten with these alone, in order.
 
-    A row that a death cut off is left out. Of a row that was scored again the later verdicts count.
+    A row that a death cut off is left out. Of a row that was done again the later answers count.
     """
     rows: dict[int, list[dict]] = {}
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
@@ -153,6 +137,7 @@ def finished_rows(path: Path, k: int) -> dict[int, list[dict]]:
 
 
 def row_lines(answers: list[dict]) -> str:
+    """The answers to a row as they stand in samples.jsonl."""
     return "".join(json.dumps(answer) + "\n" for answer in answers)
 
 
@@ -169,36 +154,34 @@ def configure(args: argparse.Namespace) -> Config:
         model = AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as e:
         raise ConfigError(f"cannot load --model {args.model}: {' '.join(str(e).split())[:200]}") from None
-    saved_in = str(model.dtype).removeprefix("torch.")
-    precision = saved_in if saved_in in ("bfloat16", "float16", "float32") else "bfloat16" if gpus else "float32"
+    precision = str(model.dtype).removeprefix("torch.")
+    if precision not in ("bfloat16", "float16", "float32"):
+        precision = "bfloat16" if gpus else "float32"
     longest = getattr(model, "max_position_embeddings", None) or args.max_total_sequence_length
     length = min(args.max_total_sequence_length, longest)
-    gib = args.kv_cache_gib or (None if gpus else 1)
-    engine = VllmCfg(
-        max_model_len=length, kv_cache_memory_bytes=int(gib * 2**30) if gib else None, enforce_eager=not gpus
-    )
-    generation = Generation(max_new_tokens=args.max_new_tokens, vllm_cfg=engine, colocated=Colocated(sleep=False))
-    return Config(
-        policy=PolicyCfg(
-            model_name=args.model, precision=precision, max_total_sequence_length=length, generation=generation
-        ),
-        cluster=Cluster(num_nodes=1, gpus_per_node=engines if gpus else 0, cpu_ranks_per_node=engines, timeout_s=7200),
-    )
+    gib = args.kv_cache_gib or (0 if gpus else 1)
+    vllm = VllmCfg(max_model_len=length, kv_cache_memory_bytes=int(gib * 2**30) or None, enforce_eager=not gpus)
+    gen = Generation(max_new_tokens=args.max_new_tokens, vllm_cfg=vllm, colocated=Colocated(sleep=False))
+    policy = PolicyCfg(model_name=args.model, precision=precision, max_total_sequence_length=length, generation=gen)
+    machine = Cluster(num_nodes=1, gpus_per_node=engines if gpus else 0, cpu_ranks_per_node=engines, timeout_s=7200)
+    return Config(policy=policy, cluster=machine)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """Sample and score the rows that are missing, then summarize all. Returns the metrics."""
     cfg, tokenizer = configure(args), load_tokenizer(args.model)
     data = Rows(args.data, tokenizer, cfg.policy.max_total_sequence_length)
-    check_settings(args.output, settings_of(args, cfg), args.overwrite)
+    check_settings(args.output, settings_of(args))
     samples = args.output / "samples.jsonl"
     wanted, done = range(len(data))[: args.limit], finished_rows(samples, args.k)
-    missing = [row for row in wanted if row not in done]
-    unscored = [done[row] for row in wanted if row in done and any(a["status"] == "unreachable" for a in done[row])]
+    scored = {row for row, answers in done.items() if all(a["status"] != "unreachable" for a in answers)}
+    missing = [row for row in wanted if row not in scored]
     if len(missing) < len(wanted):
-        print(f"{samples} has {len(wanted) - len(missing)} of {len(wanted)} rows, {len(unscored)} of them to be scored")
-    if missing or unscored:
-        add_rows(args, cfg, tokenizer, data, missing, unscored)
+        print(f"{samples} has {len(wanted) - len(missing)} of {len(wanted)} rows")
+    if missing:
+        stop = StopRequests(None)
+        with stop.interruptible():
+            add_rows(args, cfg, tokenizer, data, missing, stop)
         done = finished_rows(samples, args.k)
     metrics = summarize([done[row] for row in wanted], args.k)
     report(metrics)
@@ -208,47 +191,34 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
 
 
 def add_rows(
-    args: argparse.Namespace, cfg: Config, tokenizer: Any, data: Rows, missing: list[int], unscored: list[list[dict]]
+    args: argparse.Namespace, cfg: Config, tokenizer: Any, data: Rows, rows: list[int], stop: StopRequests
 ) -> None:
-    """Append to samples.jsonl `k` answers to each `missing` row, and new verdicts on those `unscored`, as they come."""
+    """Append `k` scored answers to each of `rows` to samples.jsonl, as they come."""
+    pending: deque[tuple[list[dict], Future]] = deque()  # answers to one row each, and their verdicts
+    seeds = [args.seed * 2**31 + row * args.k for row in rows]  # of a row alone; vLLM adds the number of the answer
     rewards = RewardClient(Env(reward_url=args.reward_url, reward_workers=os.cpu_count() or 2), args.output)
-    scoring: list[tuple[list[dict], Future]] = []  # the answers to one row each
     try:
-        with (args.output / "samples.jsonl").open("a") as file, tqdm(total=len(missing), disable=None) as progress:
+        engines = RolloutEngines(cfg, start_ray(cfg, stop), model_name=args.model)
+        prompts, stop_ids = [data.prompt_ids[row] for row in rows], end_of_sequence_ids(args.model, tokenizer)
+        groups = engines.generate(prompts, args.k, seeds, stop_ids, args.temperature)
+        with (args.output / "samples.jsonl").open("a") as file:
 
-            def score(answers: list[dict]) -> None:
-                expected = data.rows[answers[0]["row"]]["expected_answer"]
-                scoring.append((answers, rewards.submit([a["text"] for a in answers], expected)))
+            def write_first() -> None:
+                answers, verdicts = pending.popleft()
+                file.write(row_lines([a | v for a, v in zip(answers, verdicts.result(), strict=True)]))
+                file.flush()
 
-            def write_scored(wait: bool) -> None:
-                while scoring and (wait or scoring[0][1].done()):
-                    answers, verdicts = scoring.pop(0)
-                    file.write(row_lines([a | v for a, v in zip(answers, verdicts.result(), strict=True)]))
-                    file.flush()
-
-            for answers in unscored:
-                score(answers)
-            for group in sample(args, cfg, tokenizer, [data.prompt_ids[row] for row in missing], missing):
-                texts = tokenizer.batch_decode(group.response_ids, skip_special_tokens=True)
-                parts = zip(texts, group.finish_reasons, strict=True)
-                score([{"row": missing[group.index], "text": t, "truncated": why == "length"} for t, why in parts])
-                write_scored(wait=False)
-                progress.update()
-            write_scored(wait=True)
+            for group in tqdm(groups, total=len(rows), disable=None):
+                row, texts = rows[group.index], tokenizer.batch_decode(group.response_ids, skip_special_tokens=True)
+                reasons = zip(texts, group.finish_reasons, strict=True)
+                answers = [{"row": row, "text": text, "truncated": why == "length"} for text, why in reasons]
+                pending.append((answers, rewards.submit(texts, data.rows[row]["expected_answer"])))
+                while pending and pending[0][1].done():
+                    write_first()
+            while pending:
+                write_first()
     finally:
         rewards.close()
-
-
-def sample(
-    args: argparse.Namespace, cfg: Config, tokenizer: Any, prompts: list[list[int]], rows: list[int]
-) -> Iterator[Group]:
-    """`k` answers to each prompt, in the order they finish; the seeds depend on the number of the row alone."""
-    if prompts:
-        engines = RolloutEngines(cfg, start_ray(cfg, StopRequests(None)), model_name=args.model)
-        seeds = [args.seed * 2**31 + row * args.k for row in rows]  # vLLM adds the number of the answer
-        yield from engines.generate(
-            prompts, args.k, seeds, end_of_sequence_ids(args.model, tokenizer), args.temperature
-        )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -265,7 +235,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv-cache-gib", type=float, help="KV cache of an engine (default: share of the GPU; CPU: 1)")
     parser.add_argument("--reward-url", help="a running reward server; default: start one")
     parser.add_argument("--output", type=Path, help="folder (default: results/evaluation/MODEL/DATA)")
-    parser.add_argument("--overwrite", action="store_true", help="forget the answers that are there")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for name in ("k", "limit", "engines", "max_new_tokens"):
@@ -278,22 +247,5 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    try:
-        evaluate(parse_args())
-    except (ConfigError, RunError) as e:
-        sys.exit(f"error: {e}")
-    except Stopped as e:
-        print(f"stopped by {e}; the same command continues", file=sys.stderr, flush=True)
-        sys.exit(STOPPED)
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command continues")
-    except Exception as e:
-        print(f"error: {explain(e)}", file=sys.stderr, flush=True)
-        raise
-    finally:
-        ray.shutdown()
-
-
 if __name__ == "__main__":
-    main()
+    run_main(lambda: evaluate(parse_args()))

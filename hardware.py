@@ -1,6 +1,9 @@
 """What the hardware allows: the FLOPs and bytes of a step, the least time they can take, and memory before it is used.
 
-For dense decoder models. Nothing here is timed; `utilization` divides by what the logger timed.
+A floor is a lower bound that somebody could reach: a group's prompt is computed and read once for all its answers,
+arithmetic and memory traffic overlap fully, and weights, keys and values are bfloat16. Nothing here is timed;
+`Limits.utilization` divides floors by what the logger timed. It is for dense decoder models: what a mixture of experts
+reads depends on its routing, so nothing is claimed about one.
 """
 
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ PEAKS = {
 
 
 def peaks(device_name: str) -> tuple[float, float] | None:
-    """(FLOP/s, bytes/s) of a device; None if it is not in PEAKS (then nothing about efficiency is logged)."""
+    """(FLOP/s, bytes/s) of a device; None if it is not in PEAKS."""
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
@@ -42,6 +45,12 @@ class Shape:
     layer_weights: int  # in all decoder layers: each is used once per token
     head_weights: int  # vocabulary x hidden
     total_weights: int  # a tied head counted once
+    dense: bool = True  # no mixture of experts
+
+    @property
+    def outside_layers(self) -> int:
+        """Embedding, head and last norm, which tensor parallelism does not split."""
+        return self.total_weights - self.layer_weights
 
     @classmethod
     def of(cls, model_name: str) -> "Shape":
@@ -59,95 +68,102 @@ class Shape:
             layer_weights=sum(p.numel() for p in lm.base_model.layers.parameters()),
             head_weights=lm.lm_head.weight.numel(),
             total_weights=sum(p.numel() for p in lm.parameters()),
+            dense="expert" not in str(config.to_dict()),  # num_experts, n_routed_experts, num_local_experts, ...
         )
 
 
-def train_flops(shape: Shape, prompt_S: np.ndarray, prompts_S: np.ndarray, responses_S: np.ndarray) -> float:
-    """FLOPs of forward and backward over sequences of these lengths, the answers to one prompt (equal in `prompt_S`)
-    sharing it; recomputation is not counted.
+# ---------------------------------------------------------------- floors
 
-    Forward: 2 per weight and token, the LM head on response tokens only; attention 4 x attention width a layer for each
-    pair of tokens of which one sees the other (scores and values, 2 each), half of n^2 pairs in n tokens. Backward:
-    twice that.
+
+def forward_flops(
+    shape: Shape, prompt_S: np.ndarray, prompts_S: np.ndarray, responses_S: np.ndarray, logits: int
+) -> float:
+    """FLOPs of computing sequences of these lengths once, in one pass or token by token, with so many rows of logits.
+
+    Sequences equal in `prompt_S` share their prompt: it goes through the layers once. So do all tokens of a response
+    but the last, which nothing follows. Each token costs 2 FLOPs a layer weight, each row of logits 2 a head weight.
+    Attention costs 4 FLOPs a layer and unit of its width (2 for the score, 2 for the value) for each pair of a token
+    and one that it sees: n (n + 1) / 2 pairs among n tokens, and n p pairs of n response tokens with p prompt tokens.
     """
     _, first = np.unique(prompt_S, return_index=True)
-    prompts_P, prompts_S, responses_S = (x.astype(np.float64) for x in (prompts_S[first], prompts_S, responses_S))
-    pairs = (prompts_P**2).sum() / 2 + (responses_S * prompts_S + responses_S**2 / 2).sum()
-    linear = (
-        2 * shape.layer_weights * (prompts_P.sum() + responses_S.sum()) + 2 * shape.head_weights * responses_S.sum()
-    )
-    return float(3 * (linear + 4 * shape.layers * shape.attention * pairs))
+    prompts_P, fed_S = prompts_S[first], np.maximum(responses_S - 1, 0)
+    tokens = float(prompts_P.sum() + fed_S.sum())
+    pairs = (prompts_P * (prompts_P + 1)).sum() / 2 + (fed_S * (fed_S + 1)).sum() / 2 + (fed_S * prompts_S).sum()
+    linear = shape.layer_weights * tokens + shape.head_weights * float(logits)
+    return float(2 * linear + 4 * shape.layers * shape.attention * pairs)
 
 
-def decode_cost(
-    shape: Shape, prompts_S: np.ndarray, responses_S: np.ndarray, flops: float, bandwidth: float
-) -> tuple[float, float]:
-    """(least seconds, bytes) of decoding these answers on one GPU, all at once, in bfloat16.
+def decode_bytes(shape: Shape, prompt_S: np.ndarray, prompts_S: np.ndarray, responses_S: np.ndarray) -> float:
+    """Bytes that decoding on one GPU must move, at 2 bytes a number. They are least when all answers decode at once.
 
-    The first token comes from the prefill. Every later position is one pass: it reads all weights once and the keys and
-    values of each sequence that is still running, and does 2 FLOPs per weight and sequence, and 4 x attention width per
-    layer and context token. It takes the longer of bytes / bandwidth and FLOPs / peak. So the tail, where few
-    sequences are left, is in it with its full weight reads.
+    An answer of r tokens needs r - 1 passes, since the prefill makes its first token. All weights are read once for
+    each pass of the longest answer; a prompt's keys and values once for each pass of the longest answer of its group
+    (cascade attention does that for the whole group); and the t-th pass of an answer reads or writes t own ones.
     """
-    positions = np.arange(1, responses_S.max(initial=1))
-    ended_at, ended_prompt = np.bincount(responses_S), np.bincount(responses_S, weights=prompts_S)
-    running = len(responses_S) - np.cumsum(ended_at)[positions]  # sequences with more tokens than the position
-    context = prompts_S.sum() - np.cumsum(ended_prompt)[positions] + running * positions
-    moved = 2 * (shape.layer_weights + shape.head_weights) + 4 * shape.layers * shape.kv * context
-    work = 2 * (shape.layer_weights + shape.head_weights) * running + 4 * shape.layers * shape.attention * context
-    return float(np.maximum(moved / bandwidth, work / flops).sum()), float(moved.sum())
-
-
-def prefill_flops(shape: Shape, prompts_P: np.ndarray) -> float:
-    """FLOPs of one forward pass over each prompt (a group's answers share it)."""
-    tokens_P = prompts_P.astype(np.float64)
-    return float(2 * shape.layer_weights * tokens_P.sum() + 2 * shape.layers * shape.attention * (tokens_P**2).sum())
+    _, first, group_S = np.unique(prompt_S, return_index=True, return_inverse=True)
+    passes_S, passes_P = np.maximum(responses_S - 1, 0), np.zeros(len(first), dtype=np.int64)
+    np.maximum.at(passes_P, group_S, passes_S)  # of each group's longest answer
+    keys = (passes_P * prompts_S[first]).sum() + (passes_S * (passes_S + 1)).sum() / 2
+    weights = (shape.layer_weights + shape.head_weights) * float(passes_P.max(initial=0))
+    return float(2 * weights + 4 * shape.layers * shape.kv * keys)
 
 
 class Limits:
     """The floors of a run's steps and how near they come, for one kind of device."""
 
     def __init__(self, cfg: Config, shape: Shape, device_name: str):
-        """Where peaks are not known (the CPU) every method gives nothing."""
-        self.shape, self.peaks = shape, peaks(device_name)
+        """Where peaks are not known (the CPU), and for a mixture of experts, every method gives nothing."""
+        self.shape, self.peaks = shape, peaks(device_name) if shape.dense else None
+        self.engines_per_gpu = cfg.policy.generation.engines_per_gpu
         self.policy_gpus, self.engine_gpus = cfg.world_size, len(set(cfg.engine_bundles))
         self.gpus = self.policy_gpus + (0 if cfg.policy.generation.colocated.enabled else self.engine_gpus)
 
     def generation(self, prompt_S: list[int], prompts_S: list[int], responses_S: list[int]) -> dict[str, float]:
-        """Least seconds and bytes of sampling these answers. `prompt_S` says which prompt each belongs to (they are
-        dealt to the GPUs in turn), the other two are lengths in tokens."""
+        """Least seconds (mean over the GPUs of engines) and bytes of sampling these answers.
+
+        `prompt_S` says which prompt each belongs to (they are dealt to the engines in turn), the other two are lengths
+        in tokens. A GPU needs the longer of FLOPs / peak and bytes / bandwidth: at best the two overlap.
+        """
         if not self.peaks:
             return {}
-        flops, bandwidth = self.peaks
-        group_S, lengths_S, answers_S = np.array(prompt_S), np.array(prompts_S), np.array(responses_S)
-        seconds, moved = [0.0], 0.0
+        answers = [np.array(x, dtype=np.int64) for x in (prompt_S, prompts_S, responses_S)]
+        gpu_S = answers[0] % (self.engine_gpus * self.engines_per_gpu) // self.engines_per_gpu
+        seconds, moved = 0.0, 0.0
         for gpu in range(self.engine_gpus):
-            mine = group_S % self.engine_gpus == gpu
-            decode_s, decode_bytes = decode_cost(self.shape, lengths_S[mine], answers_S[mine], flops, bandwidth)
-            _, first = np.unique(group_S[mine], return_index=True)
-            seconds.append(decode_s + prefill_flops(self.shape, lengths_S[mine][first]) / flops)
-            moved += decode_bytes
-        return {"gen_floor_s": max(seconds), "decode_bytes": moved}
+            mine = [x[gpu_S == gpu] for x in answers]
+            # one row of logits a prompt, for the first token of all its answers, and one for each later token
+            logits = len(np.unique(mine[0])) + np.maximum(mine[2] - 1, 0).sum()
+            flops, gpu_bytes = forward_flops(self.shape, *mine, logits), decode_bytes(self.shape, *mine)
+            seconds += max(flops / self.peaks[0], gpu_bytes / self.peaks[1])
+            moved += gpu_bytes
+        return {"gen_floor_s": seconds / self.engine_gpus, "decode_bytes": moved}
 
     def training(self, prompt_S: list[int], prompts_S: list[int], responses_S: list[int]) -> dict[str, float]:
-        """Least seconds and FLOPs of an update on these sequences; arguments as of `generation`."""
+        """Least seconds and FLOPs of an update on these sequences; arguments as of `generation`.
+
+        The backward pass makes two products for each one of the forward pass: 3 times that in all. Recomputation is a
+        choice and does not count.
+        """
         if not self.peaks:
             return {}
-        work = train_flops(self.shape, *(np.array(x, dtype=np.int64) for x in (prompt_S, prompts_S, responses_S)))
+        lengths = [np.array(x, dtype=np.int64) for x in (prompt_S, prompts_S, responses_S)]
+        work = 3 * forward_flops(self.shape, *lengths, logits=sum(responses_S))
         return {"train_floor_s": work / (self.peaks[0] * self.policy_gpus), "train_flops": work}
 
     def utilization(self, metrics: dict[str, float]) -> dict[str, float]:
-        """`efficiency` = floors / the step without validation and checkpoints, each weighed by its share of the GPUs
-        where policy and engines have their own; `mfu` = FLOPs of the update / its time at peak; `mbu` = bytes of
-        decoding / the time of generation at full bandwidth (of a step that sampled: the last one with
-        `grpo.async_one_step_off` does not)."""
+        """`efficiency`, `mfu` and `mbu` of a step, from its floors and times.
+
+        `efficiency` is the GPU-seconds of the floors over all GPU-seconds of the step without validation and
+        checkpoints; `mfu` the FLOPs of the update over its time at peak; `mbu` the bytes of decoding over the time of
+        generation at full bandwidth (of a step that sampled: with `grpo.async_one_step_off` the last one does not).
+        """
         if not self.peaks or "gen_floor_s" not in metrics:
             return {}
         aside = sum(metrics.get(f"time/{name}_s", 0.0) for name in ("validate", "checkpoint"))
-        floor = (metrics["gen_floor_s"] * self.engine_gpus + metrics["train_floor_s"] * self.policy_gpus) / self.gpus
+        floor = metrics["gen_floor_s"] * self.engine_gpus + metrics["train_floor_s"] * self.policy_gpus
         flops, bandwidth = self.peaks
         used = {
-            "efficiency": floor / (metrics["time/step_s"] - aside),
+            "efficiency": floor / (self.gpus * (metrics["time/step_s"] - aside)),
             "mfu": metrics["train_flops"] / (metrics["time/train_s"] * flops * self.policy_gpus),
         }
         generate_s = metrics.get("time/background_generate_s", metrics.get("time/generate_s"))
@@ -161,15 +177,10 @@ class Limits:
 
 def resident_bytes(cfg: Config, shape: Shape) -> dict[str, float]:
     """What a rank of the policy keeps on its GPU from step to step, whether engines sleep or sample."""
-    tp = cfg.policy.dtensor_cfg.tensor_parallel_size
-    shard = (shape.layer_weights / tp + outside_layers(shape)) / (cfg.world_size // tp)
-    on_gpu = 0 if cfg.policy.dtensor_cfg.cpu_offload else 1
-    return {"policy: float32 master weights": 4 * shard * on_gpu, "policy: AdamW moments": 8 * shard * on_gpu}
-
-
-def outside_layers(shape: Shape) -> int:
-    """Embedding and head, which tensor parallelism does not split."""
-    return shape.total_weights - shape.layer_weights
+    d = cfg.policy.dtensor_cfg
+    weights = shape.layer_weights + d.tensor_parallel_size * shape.outside_layers  # of all ranks together
+    shard = 0 if d.cpu_offload else weights / cfg.world_size
+    return {"policy: float32 master weights": 4 * shard, "policy: AdamW moments": 8 * shard}
 
 
 def not_for_kv_cache(cfg: Config, shape: Shape) -> int:
@@ -183,18 +194,15 @@ def memory_estimate(cfg: Config, shape: Shape, device_bytes: int, head_chunk: in
     """GiB on the fullest GPU by what is there, before anything is allocated. Activations are a rule of thumb."""
     p, d, gen = cfg.policy, cfg.policy.dtensor_cfg, cfg.policy.generation
     tp, wide = d.tensor_parallel_size, 4 if p.precision == "float32" else 2
-    outside = outside_layers(shape)
-    gathered = shape.layer_weights / tp + outside
-    shard = gathered / (cfg.world_size // tp)
-    if d.reshard_after_forward:
-        gathered = outside + 2 * shape.layer_weights / tp / shape.layers  # one layer in use, one on its way
+    outside, resident = shape.outside_layers, resident_bytes(cfg, shape)
+    whole = shape.layer_weights / tp + outside
+    two_layers = 2 * shape.layer_weights / tp / shape.layers + outside  # one layer in use, one on its way
     tokens = p.sequence_packing.train_mb_tokens if p.sequence_packing.enabled else p.max_total_sequence_length
     layer_width = 8 * shape.hidden + (3 * (shape.attention + 2 * shape.kv) + 4 * shape.intermediate) / tp
     kept = shape.layers * shape.hidden + layer_width if d.activation_checkpointing else shape.layers * layer_width
-    off = 0 if d.cpu_offload else 1
-    estimate = resident_bytes(cfg, shape) | {
-        "policy: gradients, sharded and being accumulated": 4 * shard * off + 4 * (shape.layer_weights / tp + outside),
-        "policy: gathered weights": wide * gathered,
+    estimate = resident | {
+        "policy: gradients, sharded and being accumulated": resident["policy: float32 master weights"] + 4 * whole,
+        "policy: gathered weights": wide * (two_layers if d.reshard_after_forward else whole),
         f"policy: activations of {tokens:,} tokens": wide * tokens * kept,
         "policy: logits of one chunk": 10 * min(tokens, head_chunk) * shape.head_weights / shape.hidden,
     }
@@ -202,30 +210,27 @@ def memory_estimate(cfg: Config, shape: Shape, device_bytes: int, head_chunk: in
         estimate["policy: kept for the head's gradient"] = wide * tokens * shape.head_weights / shape.hidden
     share = gen.vllm_cfg.gpu_memory_utilization * device_bytes
     budget = gen.vllm_cfg.kv_cache_memory_bytes or share - not_for_kv_cache(cfg, shape)
-    estimate |= {
-        "engine: weights": gen.engines_per_gpu * wide * shape.total_weights,
-        "engine: KV cache": gen.engines_per_gpu * max(budget, 0),
-    }
+    estimate["engine: weights"] = gen.engines_per_gpu * wide * shape.total_weights
+    estimate["engine: KV cache"] = gen.engines_per_gpu * max(budget, 0)
     return {name: size / GIB for name, size in estimate.items()}
 
 
 def memory_table(cfg: Config, shape: Shape, device_bytes: int, head_chunk: int) -> str:
     """What `memory_estimate` says, and whether it fits."""
-    estimate, gen = memory_estimate(cfg, shape, device_bytes, head_chunk), cfg.policy.generation
-    total = device_bytes / GIB
+    estimate, colocated = memory_estimate(cfg, shape, device_bytes, head_chunk), cfg.policy.generation.colocated
     policy = sum(size for name, size in estimate.items() if name.startswith("policy"))
     engine = sum(estimate.values()) - policy
-    together = gen.colocated.enabled and not gen.colocated.sleep
-    stays = sum(resident_bytes(cfg, shape).values()) / GIB if gen.colocated.enabled else 0.0
-    need = policy + engine if together else max(policy, stays + engine)
-    lines = [f" • memory of a GPU in GiB, estimated; it has {total:.0f}"]
-    lines += [f"   {size:7.1f}  {name}" for name, size in estimate.items()]
-    how = "together"
-    if not gen.colocated.enabled:
-        how = "the larger of the two, which have GPUs of their own"
-    elif gen.colocated.sleep:
+    if not colocated.enabled:
+        need, how = max(policy, engine), "the larger of the two, which have GPUs of their own"
+    elif colocated.sleep:
+        stays = sum(resident_bytes(cfg, shape).values()) / GIB
         how = "the larger of the two, which take turns; master weights and moments stay"
+        need = max(policy, stays + engine)
+    else:
+        need, how = policy + engine, "together"
+    lines = [f" • memory of a GPU in GiB, estimated; it has {device_bytes / GIB:.0f}"]
+    lines += [f"   {size:7.1f}  {name}" for name, size in estimate.items()]
     lines.append(f"   {need:7.1f}  policy {policy:.1f}, engine {engine:.1f}: {how}")
-    if need > total:
+    if need > device_bytes / GIB:
         lines.append(f"   This may not fit: {OUT_OF_MEMORY_ADVICE}")
     return "\n".join(lines)

@@ -1,12 +1,15 @@
-"""What a run needs around it: Ray and its placement, checks before anything starts, and errors in one line."""
+"""What a run needs around it: its command line, checks before anything starts, requests to stop, Ray and the placement
+of its actors, and what becomes of an error: one line and an exit code.
+
+As a script it checks a configuration and starts nothing: `python launch.py [--config FILE] [section.key=value ...]`.
+"""
 
 import argparse
 import os
-import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,7 @@ from typing import Any
 import ray
 import torch
 
-from config import GRPO, Config, ConfigError, load_config, seconds
-from logger import since_command
+from config import GRPO, Config, ConfigError, help_text, load_config, seconds
 
 
 class RunError(RuntimeError):
@@ -27,7 +29,7 @@ OUT_OF_MEMORY_ADVICE = (
     "(KV cache), or set policy.dtensor_cfg.activation_checkpointing, policy.dtensor_cfg.reshard_after_forward, "
     "policy.generation.colocated.sleep or policy.dtensor_cfg.cpu_offload to true"
 )
-STOPPED = 85  # exit code of a run that was asked to stop, see train_grpo.py
+STOPPED = 85  # exit code of a run that was asked to stop
 
 
 class Stopped(Exception):
@@ -37,8 +39,8 @@ class Stopped(Exception):
 class StopRequests:
     """SIGTERM, SIGUSR1 (Slurm's warning) and `checkpointing.checkpoint_must_save_by`, answered by raising `Stopped`.
 
-    That happens between steps, or within `interruptible` and before it at once (after what Ray is waiting for): there a
-    step has changed nothing yet and can be abandoned. A second SIGTERM ends the process at once.
+    `Stopped` is raised between two steps; and at once (or when Ray has what it waits for) while a run starts and within
+    `interruptible`, where a step has changed nothing yet. A second SIGTERM ends the process at once, with code 143.
     """
 
     def __init__(self, must_save_by: str | None):
@@ -111,28 +113,6 @@ def check_before_start(cfg: Config) -> None:
         raise ConfigError("cluster.gpus_per_node is above 0 but this machine has no GPU; pass cluster.gpus_per_node=0")
 
 
-def leftovers() -> dict[int, str]:
-    """This user's Ray and vLLM processes on this machine that no running program owns: pid and name."""
-    names, parents = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if folder.stat().st_uid == os.getuid():
-                argument = (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
-                names[int(folder.name)] = argument.rpartition("/")[2]
-                status = (folder / "status").read_text()
-                parents[int(folder.name)] = int(re.search(r"PPid:\s+(\d+)", status)[1])
-        except OSError:  # it ended while we looked
-            continue
-
-    def left_over(pid: int) -> bool:
-        if not re.match(r"raylet$|gcs_server$|ray::|VLLM::", names.get(pid, "")):
-            return False
-        parent = parents.get(pid, 0)
-        return left_over(parent) or not re.match(r"raylet$|ray::|VLLM::|python", names.get(parent, ""))
-
-    return {pid: names[pid] for pid in names if left_over(pid)}
-
-
 def start_ray(cfg: Config, stop: StopRequests) -> Any:
     """Join the cluster at RAY_ADDRESS or start Ray here; reserve one bundle per rank. Returns the placement group.
 
@@ -142,23 +122,14 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     here = str(Path(__file__).resolve().parent)
     env = {"env_vars": {"PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}}
+    options = {"runtime_env": env, "log_to_driver": False}
     if "RAY_ADDRESS" in os.environ:
-        ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=env, log_to_driver=False)
+        ray.init(address=os.environ["RAY_ADDRESS"], **options)
     else:
-        if old := leftovers():
-            names = ", ".join(f"{name} ({pid})" for pid, name in old.items())
-            end = " ".join(map(str, old))
-            warning = (
-                f"warning: left over from an earlier run and maybe holding memory: {names}; end with: kill -9 {end}"
-            )
-            print(warning, file=sys.stderr, flush=True)
-        # "local": never join what an earlier `ray start` left in /tmp/ray. As many CPUs as bundles ask for, since Ray
-        # starts a Python process for each, which nothing here uses.
-        ray.init(
-            address="local", num_cpus=cfg.num_bundles, include_dashboard=False,
-            log_to_driver=False, runtime_env=env, logging_level="error",
-        )  # fmt: skip
-    stop.listen()  # again: ray.init put in a handler that would print a native stack trace and skip our clean-up
+        # "local" never joins a Ray that an earlier `ray start` left running. Ray starts a Python process for each CPU,
+        # which nothing here uses: it gets as many CPUs as the bundles ask for.
+        ray.init(address="local", num_cpus=cfg.num_bundles, include_dashboard=False, logging_level="error", **options)
+    stop.listen()  # again, since ray.init has put in a handler that prints a native stack trace and ends the process
     bundle = {"CPU": 1, "GPU": 1} if cfg.device == "cuda" else {"CPU": 1}
     ranks = cfg.bundles_per_node
     bundles = [bundle | {f"node:{address}": 0.001} for address in nodes_with(bundle, ranks, cfg) for _ in range(ranks)]
@@ -172,18 +143,14 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
 
 
 def wait_for_loading(parts: dict[str, list[Any]], timeout_s: float) -> None:
-    """Wait until all parts have loaded, and print how long after the command each had."""
-    began = time.monotonic()
+    """Wait until all parts have loaded. Raises at once what one of them raises, and TimeoutError with the late ones."""
     names = {ref: name for name, refs in parts.items() for ref in refs}
-    waiting, ended = list(names), {}
-    while waiting:
-        ready, waiting = ray.wait(waiting, timeout=max(0.0, began + timeout_s - time.monotonic()))
-        if not ready:
-            late = ", ".join(sorted({names[ref] for ref in waiting}))
-            raise TimeoutError(f"not loaded within {timeout_s:.0f} s (cluster.timeout_s): {late}")
-        ray.get(ready)
-        ended |= {names[ref]: since_command() for ref in ready}
-    print(" • loaded: " + ", ".join(f"{name} after {s:.0f} s" for name, s in ended.items()), flush=True)
+    try:
+        ray.get(list(names), timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        _, waiting = ray.wait(list(names), num_returns=len(names), timeout=0)
+        late = ", ".join(sorted({names[ref] for ref in waiting}))
+        raise TimeoutError(f"not loaded within {timeout_s:.0f} s (cluster.timeout_s): {late}") from None
 
 
 def nodes_with(bundle: dict[str, int], ranks: int, cfg: Config) -> list[str]:
@@ -233,17 +200,43 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
 
 
+def config_from_command_line(description: str) -> Config:
+    """The configuration that `[--config FILE] [section.key=value ...]` asks for; `--help` lists all keys."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="config.yaml", help="YAML file (default: config.yaml)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it (+ and ++ accepted)")
+    args = parser.parse_intermixed_args()
+    return load_config(args.config, args.overrides)
+
+
+def run_main(function: Callable[[], Any]) -> None:
+    """Run a script's main function, and make of what it raises one `error:` line and the exit code.
+
+    0: finished. 1: error. 85: stopped as `StopRequests` says, to be continued by the same command. (143, by a second
+    SIGTERM, and 2, by argparse for bad usage, come from where they are raised.)
+    """
+    try:
+        function()
+    except (ConfigError, RunError) as e:
+        sys.exit(f"error: {e}")
+    except Stopped as e:
+        print(f"stopped by {e}; the same command continues from what was saved", file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the same command continues from what was saved")
+    except Exception as e:
+        print(f"error: {explain(e)}", file=sys.stderr, flush=True)
+        raise  # with the traceback after that line
+    finally:
+        ray.shutdown()
+
+
 def main() -> None:
     """Check a configuration without starting anything; submit.sh does, before the job waits in a queue."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--config", default="config.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args()
-    try:
-        check_before_start(load_config(args.config, args.overrides))
-    except ConfigError as e:
-        sys.exit(f"error: {e}")
+    check_before_start(config_from_command_line(main.__doc__))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

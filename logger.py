@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 import sys
 import threading
 import time
@@ -12,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from tqdm import tqdm
 
-from config import Config
+from config import Config, ConfigError
 
 
 class Logger:
@@ -22,26 +22,20 @@ class Logger:
 
     def __init__(self, cfg: Config, resumed_step: int = 0, wandb_id: str | None = None):
         """`resumed_step`: the run continues after it; rows of later steps, which will be run again, are dropped."""
-        self.cfg, self.dir = cfg.logger, Path(cfg.logger.log_dir)
+        self.cfg, self.dir, self.num_gpus = cfg.logger, Path(cfg.logger.log_dir), cfg.num_bundles
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.num_gpus = cfg.num_bundles
-        self.metrics_file, self.rollouts_file = (
-            open_rows(self.dir / name, resumed_step) for name in ("metrics.jsonl", "rollouts.jsonl")
-        )
-        self.seconds: dict[str, float] = {}
+        self.metrics_file = open_rows(self.dir / "metrics.jsonl", resumed_step)
+        self.rollouts_file = open_rows(self.dir / "rollouts.jsonl", resumed_step)
         self.local = threading.local()
         self.step, self.last_step = 0, 0
-        self.run_began = self.step_began = time.perf_counter()
         self.first_step: int | None = None
+        self._start_clock()
         self.wandb = self.tensorboard = None
         if cfg.logger.wandb_enabled:
             import wandb
 
-            w = cfg.logger.wandb
-            self.wandb = wandb.init(
-                project=w.project, name=w.name, dir=str(self.dir), config=dataclasses.asdict(cfg), id=wandb_id,
-                resume="allow",
-            )  # fmt: skip
+            given = {"project": cfg.logger.wandb.project, "name": cfg.logger.wandb.name, "id": wandb_id}
+            self.wandb = wandb.init(dir=str(self.dir), config=dataclasses.asdict(cfg), resume="allow", **given)
         if cfg.logger.tensorboard_enabled:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -51,12 +45,15 @@ class Logger:
     def wandb_id(self) -> str | None:
         return self.wandb.id if self.wandb else None
 
+    # ------------------------------------------------------------ one step
+
     def start_step(self, step: int, last_step: int) -> None:
-        """Begin a step: its banner, and the clock."""
+        """Begin a step: its banner, and before the first one the clock."""
         if self.first_step is None:
-            self.first_step, self.run_began = step, time.perf_counter()
             self._start_clock()
-            print(f" • {since_command():.0f} s from the command to the first step", flush=True)
+            self.first_step, self.run_began = step, self.step_began
+            since_command = time.time() - psutil.Process().create_time()
+            print(f" • {since_command:.0f} s from the command to the first step", flush=True)
         self.step, self.last_step = step, last_step
         print(f"\n━━━ Step {step}/{last_step} " + "━" * 40, flush=True)
 
@@ -75,8 +72,8 @@ class Logger:
     def phase(self, name: str, total: int | None = None) -> Iterator[tqdm]:
         """Time a phase of the step; with `total` a progress bar on a terminal. Phases may repeat, times add up.
 
-        A phase inside another (generation within validation) counts for the outer one alone; one in another thread
-        goes on beside the step and is called so.
+        A phase inside another (generation within validation) counts for the outer one alone. One in another thread
+        goes on beside the step, and its name says so.
         """
         began, outer, self.local.in_phase = time.perf_counter(), getattr(self.local, "in_phase", False), True
         if threading.current_thread() is not threading.main_thread():
@@ -90,46 +87,44 @@ class Logger:
     def end_step(self, metrics: dict[str, float], samples: list[Any], derive: Callable[[dict], dict]) -> None:
         """Print the step's block, write its metrics and some of its samples, and start the next step's clock.
 
-        `derive` makes further metrics from those and the phases' times.
-
-        Checkpoints come after this, so that one never holds a step whose rows are missing here; the time they stop the
-        run is the next step's.
+        `derive` makes further metrics from those and the phases' times. Checkpoints come after this, so that one never
+        holds a step whose rows are missing here; the time they stop the run is the next step's.
         """
         now = time.perf_counter()
-        total = now - self.step_began
-        elapsed = now - self.run_began
-        left = elapsed / (self.step - self.first_step + 1) * (self.last_step - self.step)
+        total, elapsed = now - self.step_began, now - self.run_began
         metrics = metrics | {f"time/{name}_s": s for name, s in self.seconds.items()}
-        metrics |= {"time/step_s": total, "time/elapsed_s": elapsed}
-        metrics["tokens_per_s"] = metrics["total_tokens"] / total
+        metrics |= {"time/step_s": total, "time/elapsed_s": elapsed, "tokens_per_s": metrics["total_tokens"] / total}
         metrics["tokens_per_s_per_gpu"] = metrics["tokens_per_s"] / self.num_gpus
         metrics |= derive(metrics)
-        self._print_step(metrics, total, left)
+        self._print_step(metrics, left=elapsed / (self.step - self.first_step + 1) * (self.last_step - self.step))
         self._write(self.step, metrics)
-        self._write_samples(samples, self.cfg.num_rollouts_to_save, "train")
+        self._write_samples(samples, "train")
         self._start_clock()
 
-    def _print_step(self, m: dict[str, float], total: float, left: float) -> None:
+    def _print_step(self, m: dict[str, float], left: float) -> None:
+        total = m["time/step_s"]
         shares = sorted(self.seconds.items(), key=lambda item: -item[1])
         times = " · ".join(f"{name} {s:.2f} s ({s / total:.0%})" for name, s in shares)
-        update = " • no group had different rewards: nothing to learn, the weights stay as they were"
+        update = "no group had different rewards: nothing to learn, the weights stay as they were"
         if "grad_norm" in m:
             update = (
-                f" • gen_kl_error {m['gen_kl_error']:.1e}   token_mult_prob_error {m['token_mult_prob_error']:.4f}   "
+                f"gen_kl_error {m['gen_kl_error']:.1e}   token_mult_prob_error {m['token_mult_prob_error']:.4f}   "
                 f"entropy {m['approx_entropy']:.3f}   grad_norm {m['grad_norm']:.3f}   lr {m['lr']:.1e}"
             )
         lines = [
-            f" • reward {m['reward']:.3f}   zero-signal groups {m['frac_zero_signal_groups']:.0%}   "
+            f"reward {m['reward']:.3f}   zero-signal groups {m['frac_zero_signal_groups']:.0%}   "
             f"unverified {m['num_unverified']:.0f}",
-            f" • answers {m['mean_gen_tokens']:.1f} tokens, {m['truncation_rate']:.1%} cut off",
+            f"answers {m['mean_gen_tokens']:.1f} tokens, {m['truncation_rate']:.1%} cut off",
             update,
-            f" • {total:.2f} s: {times}",
-            f" • {m['tokens_per_s']:,.0f} tokens/s, {m['tokens_per_s_per_gpu']:,.0f} a rank, {left / 60:.1f} min left",
+            f"{total:.2f} s: {times}",
         ]
         if "efficiency" in m:
-            used = f" • efficiency {m['efficiency']:.0%} of the hardware's limit, MFU {m['mfu']:.0%} of the update"
-            lines[-1:-1] = [used + (f", MBU {m['mbu']:.0%} of generation" if "mbu" in m else "")]
-        print("\n".join(lines), flush=True)
+            used = f"efficiency {m['efficiency']:.0%} of the hardware's limit, MFU {m['mfu']:.0%} of the update"
+            lines.append(used + (f", MBU {m['mbu']:.0%} of generation" if "mbu" in m else ""))
+        lines.append(
+            f"{m['tokens_per_s']:,.0f} tokens/s, {m['tokens_per_s_per_gpu']:,.0f} a rank, {left / 60:.1f} min left"
+        )
+        print("\n".join(f" • {line}" for line in lines), flush=True)
 
     def validation(self, step: int, metrics: dict[str, float], samples: list[Any]) -> None:
         """Report a validation; its metrics are written with the step's (or alone before the first step)."""
@@ -140,9 +135,11 @@ class Logger:
         )
         for sample in samples[: self.cfg.num_val_samples_to_print]:
             print(f"   [{sample.reward:.0f}] {sample.text!r}")
-        self._write_samples(samples, self.cfg.num_rollouts_to_save, "validation")
+        self._write_samples(samples, "validation")
         if step == 0:
             self._write(0, metrics)
+
+    # ------------------------------------------------------------ files
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -154,44 +151,48 @@ class Logger:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
 
+    def _write_samples(self, samples: list[Any], split: str) -> None:
+        for s in best_and_worst(samples, self.cfg.num_rollouts_to_save):
+            self.rollouts_file.write(self._row(s, split))
+        self.rollouts_file.flush()
+
     def save_failed_step(self, samples: list[Any]) -> Path:
         """All answers of a step that went wrong, for inspection; returns the file."""
         path = self.dir / f"failed_step_{self.step}.jsonl"
-        with path.open("w") as file:
-            file.writelines(json.dumps(self._row(s, "train")) + "\n" for s in samples)
+        path.write_text("".join(self._row(s, "train") for s in samples))
         return path
 
-    def _row(self, s: Any, split: str) -> dict[str, Any]:
-        return {
-            "step": self.step, "split": split, "prompt": s.prompt, "prompt_ids": s.prompt_ids.tolist(),
-            "response_ids": s.response_ids.tolist(), "rollout_logprobs": s.rollout_logprobs.tolist(),
-            "text": s.text, "reward": s.reward, "status": s.status, "truncated": s.truncated,
-        }  # fmt: skip
-
-    def _write_samples(self, samples: list[Any], count: int, split: str) -> None:
-        for s in samples if count < 0 else samples[:count]:
-            self.rollouts_file.write(json.dumps(self._row(s, split)) + "\n")
-        self.rollouts_file.flush()
+    def _row(self, sample: Any, split: str) -> str:
+        values = {name: v.tolist() if hasattr(v, "tolist") else v for name, v in vars(sample).items()}
+        return json.dumps({"step": self.step, "split": split, **values}) + "\n"
 
     def close(self) -> None:
-        for file in (self.metrics_file, self.rollouts_file):
-            file.close()
+        """Close everything; the last rows are written."""
+        self.metrics_file.close()
+        self.rollouts_file.close()
         if self.wandb:
             self.wandb.finish()
         if self.tensorboard:
             self.tensorboard.close()
 
 
-def since_command() -> float:
-    """Seconds since this process was started, imports included (Linux)."""
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+def best_and_worst(samples: list[Any], count: int) -> list[Any]:
+    """`count` samples (below 0: all): the best and the worst of as many prompts as possible, then those between."""
+    if count < 0:
+        return samples
+    by_reward = sorted(samples, key=lambda s: (s.prompt, s.reward))
+    ranked = []
+    for _, group in itertools.groupby(by_reward, key=lambda s: s.prompt):
+        members = list(group)
+        ranked += [(min(i, len(members) - 1 - i), sample) for i, sample in enumerate(members)]  # 0: best and worst
+    return [sample for _, sample in sorted(ranked, key=lambda pair: pair[0])[:count]]
 
 
 def open_rows(path: Path, last_step: int) -> IO[str]:
     """Open a file of rows with a "step" for appending, without those after `last_step` and without a torn last line.
 
-    With 0 a new run begins: what an earlier one left is moved to NAME.1, NAME.2, ...
+    With 0 a new run begins: what an earlier one left is moved to NAME.1, NAME.2, ... Raises ConfigError for a line in
+    the middle that is no row.
     """
     if path.exists() and not last_step:
         free = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())
@@ -199,6 +200,11 @@ def open_rows(path: Path, last_step: int) -> IO[str]:
     if path.exists():
         kept = path.with_name(f"{path.name}.tmp")
         with path.open() as old, kept.open("w") as new:
-            new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= last_step)
+            for number, line in enumerate(old, 1):
+                try:
+                    if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                        new.write(line)
+                except (ValueError, KeyError, TypeError):
+                    raise ConfigError(f"{path} line {number} is broken; remove that line, or the whole file") from None
         kept.rename(path)
     return path.open("a")

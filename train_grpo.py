@@ -26,29 +26,26 @@ usage; 85 stopped by SIGTERM, SIGUSR1 or checkpointing.checkpoint_must_save_by, 
 command; 143 second SIGTERM, which saves nothing.
 """
 
-import argparse
 import math
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from checkpoint import Checkpoints, Position
-from config import GRPO, Config, ConfigError, LossFn, help_text, load_config
+from config import GRPO, Config, LossFn
 from hardware import Limits, Shape, memory_table, not_for_kv_cache
 from launch import (
-    STOPPED,
     RunError,
     Stopped,
     StopRequests,
     check_before_start,
     check_gates,
-    explain,
+    config_from_command_line,
+    run_main,
     start_ray,
     wait_for_loading,
 )
@@ -410,14 +407,15 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
     verified_S = column(samples, "verified")
     rewards = column(samples, "reward")[verified_S]
     responses_S = column(samples, "response_tokens")
+    _, first = np.unique(column(samples, "prompt"), return_index=True)  # a group's prompt counts once
     return {
         "reward": float(rewards.mean()) if len(rewards) else 0.0,
-        "frac_zero_signal_groups": 1 - len(groups_with_signal(samples)) / len(np.unique(column(samples, "prompt"))),
+        "frac_zero_signal_groups": 1 - len(groups_with_signal(samples)) / len(first),
         "truncation_rate": float(column(samples, "truncated").mean()),
         "mean_gen_tokens": float(responses_S.mean()),
         "num_samples": len(samples),
         "num_unverified": int((~verified_S).sum()),
-        "total_tokens": int(column(samples, "prompt_tokens").sum() + responses_S.sum()),
+        "total_tokens": int(column(samples, "prompt_tokens")[first].sum() + responses_S.sum()),
     }
 
 
@@ -604,29 +602,8 @@ def stop_if_not_finite(run: Run, result: dict[str, float], samples: list[Sample]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Train a model with GRPO.", epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", default="config.yaml", help="YAML file (default: config.yaml)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="changes to it; + and ++ are accepted"
-    )
-    args = parser.parse_intermixed_args()
-    try:
-        train(load_config(args.config, args.overrides))
-    except (ConfigError, RunError) as e:
-        sys.exit(f"error: {e}")
-    except Stopped as e:
-        print(f"stopped by {e}; the same command continues from the newest checkpoint", file=sys.stderr, flush=True)
-        sys.exit(STOPPED)
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
-    except Exception as e:
-        print(f"error: {explain(e)}", file=sys.stderr, flush=True)
-        raise
-    finally:
-        ray.shutdown()
+    train(config_from_command_line("Train a model with GRPO."))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

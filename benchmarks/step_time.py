@@ -5,7 +5,11 @@
 Runs the real train_grpo.py on prompts of exact length, with answers cut at an exact length (a random model ends one in
 some hundred thousand tokens) and rewards by the parity of a checksum, so that nearly every group has a signal. Prints
 one JSON line, the medians over the steps after the first two (`--warm-up`), and puts it into FILE, a list of runs, in
-place of an earlier run of the same name. Efficiency, MFU and MBU are those of hardware.py.
+place of an earlier run of the same name. Efficiency, MFU and MBU are those of hardware.py. After its formulas changed
+
+    python benchmarks/step_time.py recompute FILE
+
+computes them and the tokens a second anew from the times and lengths in FILE, and marks the runs whose numbers changed.
 """
 
 import argparse
@@ -29,6 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 import reward_server  # noqa: E402 - the scripts lie beside this folder
 from benchmarks.environment import environment  # noqa: E402
+from config import load_config  # noqa: E402
+from hardware import Limits, Shape  # noqa: E402
 
 # hidden, intermediate, layers, heads, key-value heads, head dimension, vocabulary, tied, as published
 GEOMETRIES = {
@@ -61,17 +67,21 @@ KEYS = {  # name of a result: metric of train_grpo.py
 }  # fmt: skip
 
 
-def make_model(geometry: str, folder: Path) -> None:
-    """Random bfloat16 weights and a tokenizer with one token per word t0, t1, ..., as a Hugging Face folder."""
+def model_config(geometry: str) -> Qwen3Config:
     hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, tied = GEOMETRIES[geometry]
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tied,
         max_position_embeddings=40960, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
+
+
+def make_model(geometry: str, folder: Path) -> None:
+    """Random bfloat16 weights and a tokenizer with one token per word t0, t1, ..., as a Hugging Face folder."""
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+        model = Qwen3ForCausalLM(model_config(geometry)).to(torch.bfloat16)
+    vocabulary = model.config.vocab_size
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -133,6 +143,34 @@ def run(args: argparse.Namespace, overrides: list[str], work: Path) -> list[dict
     return [json.loads(line) for line in (work / "logs" / "metrics.jsonl").read_text().splitlines()]
 
 
+def recompute(path: Path) -> None:
+    """Efficiency, MFU, MBU and tokens a second of the runs in `path`, with the present formulas; prints what changed.
+
+    Every answer counts as long as the mean, and every sample as trained on: nearly all answers were cut off at the same
+    length, and every group had a signal. That is right to a percent; what differs by less than two is left as it was.
+    """
+    runs = json.loads(path.read_text())
+    for r in runs:
+        with tempfile.TemporaryDirectory() as folder:
+            model_config(r["model"]).save_pretrained(folder)
+            shape = Shape.of(folder)
+        apart = [o for o in r["overrides"] if o.startswith("policy.generation.colocated.")]
+        machine = ["cluster.num_nodes=1", f"cluster.gpus_per_node={r['gpus']}"]
+        cfg = load_config(str(ROOT / "config.yaml"), [*machine, "policy.dtensor_cfg.tensor_parallel_size=1", *apart])
+        limits = Limits(cfg, shape, r["device"])
+        group, prompts = r.get("group", 16), [r["prompt_tokens"]] * r["samples"]
+        lengths = [i // group for i in range(r["samples"])], prompts, [round(r["mean_gen_tokens"])] * r["samples"]
+        metrics = {f"time/{name}_s": r[f"{name}_s"] for name in ("step", "generate", "train")}
+        metrics |= limits.generation(*lengths) | limits.training(*lengths)
+        tokens = r["samples"] * (r["prompt_tokens"] / group + r["mean_gen_tokens"])
+        found = limits.utilization(metrics) | {"tokens_per_s_per_gpu": tokens / r["step_s"] / r["gpus"]}
+        changed = {name: value for name, value in found.items() if abs(value / r[name] - 1) > 0.02}
+        if changed:
+            print(r["name"], *(f"{name} {r[name]:.4g} -> {value:.4g}" for name, value in changed.items()), sep=", ")
+            r |= changed | {"recomputed": f"{', '.join(changed)}: from the run's times, with later formulas"}
+    path.write_text(json.dumps(runs, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("geometry", choices=GEOMETRIES)
@@ -154,7 +192,7 @@ def main() -> None:
         steps = run(args, overrides, Path(work))
     timed = steps[args.warm_up :]
     result = {"name": args.name or f"{args.geometry}-{args.gpus}", "model": args.geometry, "gpus": args.gpus}
-    result |= environment() | {"samples": args.prompts * args.group, "steps_timed": len(timed)}
+    result |= environment() | {"samples": args.prompts * args.group, "group": args.group, "steps_timed": len(timed)}
     result |= {"prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens, "overrides": overrides}
     for name, metric in KEYS.items():
         aside = metric.replace("time/", "time/background_")  # where sampling runs beside the update
@@ -174,5 +212,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
         reward_server.VERIFIERS["coin"] = coin
         reward_server.main(sys.argv[2:])
+    elif sys.argv[1:2] == ["recompute"]:
+        recompute(Path(sys.argv[2]))
     else:
         main()

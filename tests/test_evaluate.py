@@ -121,14 +121,15 @@ def test_rows_that_count_as_finished(tmp_path):
 
 
 def test_other_settings_are_refused(tmp_path):
-    check_settings(tmp_path, {"k": 4, "seed": 0}, overwrite=False)
-    check_settings(tmp_path, {"k": 8, "seed": 0}, overwrite=False)  # nothing was made yet
+    check_settings(tmp_path, {"k": 4, "seed": 0})
+    check_settings(tmp_path, {"k": 8, "seed": 0})  # nothing was made yet
     (tmp_path / "samples.jsonl").write_text("{}\n")
-    check_settings(tmp_path, {"k": 8, "seed": 0}, overwrite=False)
-    with pytest.raises(ConfigError, match="samples.jsonl was made with k=8, not 16; choose another --output, or --ov"):
-        check_settings(tmp_path, {"k": 16, "seed": 0}, overwrite=False)
-    check_settings(tmp_path, {"k": 16, "seed": 0}, overwrite=True)
-    assert not (tmp_path / "samples.jsonl").exists()
+    check_settings(tmp_path, {"k": 8, "seed": 0})
+    with pytest.raises(ConfigError, match=r"made with \{'k': 8\}; choose another --output, or remove that file"):
+        check_settings(tmp_path, {"k": 16, "seed": 0})
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"k": 8, "seed": 0}
+    (tmp_path / "samples.jsonl").unlink()
+    check_settings(tmp_path, {"k": 16, "seed": 0})
     assert json.loads((tmp_path / "settings.json").read_text()) == {"k": 16, "seed": 0}
 
 
@@ -206,5 +207,5 @@ def test_a_kill_and_another_number_of_engines_change_no_answer(warm_model, arith
     capsys.readouterr()
     evaluate(parse_args(given[2:]))  # nothing is left to do
     assert capsys.readouterr().out.splitlines()[1:] == done.stdout.splitlines()[1:]
-    with pytest.raises(ConfigError, match="samples.jsonl was made with temperature=1.0, not 0.5; choose another --out"):
+    with pytest.raises(ConfigError, match=r"samples.jsonl was made with \{'temperature': 1.0\}; choose another --out"):
         evaluate(parse_args([*given[2:], "--temperature", "0.5"]))

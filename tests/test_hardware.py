@@ -1,23 +1,26 @@
-"""FLOPs, bytes and floors against sums written out token by token, and the numbers of a published model."""
+"""FLOPs against torch's counter, bytes and floors against passes written out, memory by hand of a published model."""
 
 import math
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
-from transformers import Qwen3Config
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
 
 from config import load_config
 from hardware import (
     Limits,
     Shape,
-    decode_cost,
+    decode_bytes,
+    forward_flops,
     memory_estimate,
     memory_table,
     not_for_kv_cache,
     peaks,
-    prefill_flops,
-    train_flops,
 )
 from launch import explain
 from logger import Logger
@@ -25,6 +28,7 @@ from logger import Logger
 # Qwen3-0.6B, counted by hand: per layer q and o 1024 x 2048, k and v 1024 x 1024, MLP 3 x 1024 x 3072, norms
 LAYER = 2 * 1024 * 2048 + 2 * 1024 * 1024 + 3 * 1024 * 3072 + 2 * 1024 + 2 * 128
 HEAD = 151936 * 1024
+ONE_GPU = ["cluster.num_nodes=1", "cluster.gpus_per_node=1", "policy.dtensor_cfg.tensor_parallel_size=1"]
 
 
 @pytest.fixture(scope="module")
@@ -43,38 +47,110 @@ def test_shape_of_a_published_model(shape):
     assert (shape.layers, shape.attention, shape.kv, shape.head_weights) == (28, 2048, 1024, HEAD)
 
 
-def test_train_flops_token_by_token(shape):
-    """The first two answers share their prompt."""
-    which, prompts, responses = [7, 7, 3], [5, 5, 3], [2, 4, 7]
-    forward, seen = 0, set()
-    for group, p, r in zip(which, prompts, responses, strict=True):
-        own = range(p if group in seen else 0, p + r)
-        seen.add(group)
-        forward += len(own) * 2 * 28 * LAYER + r * 2 * HEAD
-        # token i attends to i + 1 positions, 2 FLOPs for each of scores and values; the formula's n^2 / 2 leaves out
-        # the diagonal's half
-        forward += sum(28 * 4 * 2048 * (i + 0.5) for i in own)
-    arrays = (np.array(x) for x in (which, prompts, responses))
-    assert train_flops(shape, *arrays) == pytest.approx(3 * forward, rel=1e-12)
+def test_flops_are_those_that_torch_counts():
+    """Of whole passes forward and backward, and of sampling token by token with a cache.
+
+    Torch counts n^2 pairs in a pass over n tokens, of which no token sees those after it; and no multiplication by the
+    weight of a norm.
+    """
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, attn_implementation="eager",
+    )  # fmt: skip
+    lm = Qwen3ForCausalLM(config)
+    layers = list(lm.model.layers.parameters())
+    shape = Shape(2, 32, 64, 32, 96, sum(p.numel() for p in layers), 64 * 32, sum(p.numel() for p in lm.parameters()))
+    norms = sum(p.numel() for p in layers if p.ndim == 1)
+    for prompt, response in ((5, 7), (11, 2), (3, 1)):
+        group, prompts, responses = np.array([0]), np.array([prompt]), np.array([response])
+        n = prompt + response - 1  # the last token is not fed in
+        ids = torch.randint(64, (1, n))
+        with FlopCounterMode(display=False) as counted:
+            lm(ids, logits_to_keep=response).logits.sum().backward()
+        unseen = 4 * 2 * 64 * n * (n - 1) // 2
+        exact = counted.get_total_flops() + 3 * (2 * norms * n - unseen)
+        assert 3 * forward_flops(shape, group, prompts, responses, logits=response) == exact
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            cache = lm(ids[:, :prompt], logits_to_keep=1, use_cache=True).past_key_values
+            for position in range(prompt, n):
+                cache = lm(ids[:, position : position + 1], past_key_values=cache, use_cache=True).past_key_values
+        unseen = 4 * 2 * 64 * prompt * (prompt - 1) // 2
+        exact = counted.get_total_flops() + 2 * norms * n - unseen
+        assert forward_flops(shape, group, prompts, responses, logits=response) == exact
 
 
-@pytest.mark.parametrize("flops", [1e12, 1e16])  # bound by arithmetic, bound by memory
-def test_decode_floor_token_by_token(shape, flops):
-    prompts, responses, bandwidth = np.array([100, 7, 50]), np.array([4, 1, 300]), 3e12
+def test_flops_of_a_group(shape):
+    """Two answers to a prompt cost what they cost alone, less the prompt once."""
+    two = forward_flops(shape, np.array([7, 7]), np.array([5, 5]), np.array([2, 4]), logits=6)
+    each = [forward_flops(shape, np.array([7]), np.array([5]), np.array([r]), logits=r) for r in (2, 4)]
+    prompt = forward_flops(shape, np.array([7]), np.array([5]), np.array([1]), logits=0)
+    assert two == sum(each) - prompt
+    assert prompt == 5 * 2 * 28 * LAYER + 28 * 4 * 2048 * (1 + 2 + 3 + 4 + 5)
+
+
+def passes_of(starts, responses) -> list[list[tuple[int, int]]]:
+    """(answer, which of its tokens) of each pass, if answers begin to decode at these passes."""
+    last = max(s + r for s, r in zip(starts, responses, strict=True))
+    return [[(i, t - starts[i]) for i, r in enumerate(responses) if 0 < t - starts[i] < r] for t in range(last)]
+
+
+def bytes_and_flops(shape, running, group, prompts) -> tuple[float, float]:
+    """Of one pass, written out: each weight and each prompt is read once."""
+    if not running:
+        return 0.0, 0.0
+    weights = shape.layer_weights + shape.head_weights
+    width = 2 * shape.kv * shape.layers  # keys and values of a token
+    moved = 2 * weights + 2 * width * sum(t for _, t in running)
+    moved += 2 * width * sum({group[i]: prompts[i] for i, _ in running}.values())
+    seen = sum(prompts[i] + t for i, t in running)
+    return moved, 2 * weights * len(running) + 4 * shape.layers * shape.attention * seen
+
+
+def test_bytes_of_decoding_pass_by_pass(shape):
+    group, prompts, responses = [0, 0, 1, 2], [100, 100, 7, 50], [4, 30, 1, 300]
+    passes = passes_of([0] * 4, responses)
+    exact = sum(bytes_and_flops(shape, running, group, prompts)[0] for running in passes)
+    assert decode_bytes(shape, *map(np.array, (group, prompts, responses))) == pytest.approx(exact, rel=1e-12)
+    assert decode_bytes(shape, np.array([0]), np.array([5]), np.array([1])) == 0.0  # the prefill makes the first token
+    assert decode_bytes(shape, *np.zeros((3, 0), int)) == 0.0
+
+
+SMALL = Shape(layers=2, hidden=8, attention=16, kv=8, intermediate=24, layer_weights=1000, head_weights=80,
+              total_weights=1200)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def limits() -> Limits:
+    return Limits(load_config(ROOT / "config.yaml", ONE_GPU), SMALL, "NVIDIA H200")
+
+
+@given(data=st.data())
+def test_no_schedule_is_faster_than_the_floor(limits, data):
+    """Whenever each answer begins, and whether a pass is bound by arithmetic or by memory."""
+    prompt_of = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=8))
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=4, max_size=4))
+    responses = [data.draw(st.integers(1, 12)) for _ in prompt_of]
+    starts = [data.draw(st.sampled_from([0, 0, 3, 20])) for _ in prompt_of]
+    prompts = [lengths[p] for p in prompt_of]
+    limits.peaks = data.draw(st.sampled_from([(1e3, 1e9), (1e9, 1e3), (1e6, 1e6), (1e6, 1e5)]))
+    floor = limits.generation(prompt_of, prompts, responses)
     seconds = moved = 0.0
-    for position in range(1, 300):
-        running = [p + position for p, r in zip(prompts, responses, strict=True) if r > position]
-        weights = 28 * LAYER + HEAD
-        step_bytes = 2 * weights + sum(running) * 28 * 2 * 1024 * 2  # keys and values, 2 bytes each
-        step_flops = 2 * weights * len(running) + sum(running) * 28 * 4 * 2048
-        moved += step_bytes
-        seconds += max(step_bytes / bandwidth, step_flops / flops)
-    assert decode_cost(shape, prompts, responses, flops, bandwidth) == pytest.approx((seconds, moved), rel=1e-12)
+    for p in set(prompt_of):
+        prefill = lengths[p] * 2 * 1000 + 2 * 80 + sum(2 * 4 * 16 * (i + 1) for i in range(lengths[p]))
+        seconds += prefill / limits.peaks[0]
+    for running in passes_of(starts, responses):
+        pass_bytes, pass_flops = bytes_and_flops(SMALL, running, prompt_of, prompts)
+        moved += pass_bytes
+        seconds += max(pass_bytes / limits.peaks[1], pass_flops / limits.peaks[0])
+    assert floor["gen_floor_s"] <= seconds * (1 + 1e-12)
+    assert floor["decode_bytes"] <= moved * (1 + 1e-12)
 
 
-def test_answers_of_one_token_need_no_decoding(shape):
-    assert decode_cost(shape, np.array([5]), np.array([1]), 1e12, 1e12) == (0.0, 0.0)
-    assert decode_cost(shape, np.zeros(0, int), np.zeros(0, int), 1e12, 1e12) == (0.0, 0.0)
+def test_nothing_is_claimed_about_a_mixture_of_experts(tmp_path):
+    Qwen3MoeConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
+                   moe_intermediate_size=32, vocab_size=64).save_pretrained(tmp_path)  # fmt: skip
+    limits = Limits(load_config(ROOT / "config.yaml", ONE_GPU), Shape.of(str(tmp_path)), "NVIDIA H200")
+    assert limits.generation([0], [1], [2]) == limits.training([0], [1], [2]) == limits.utilization({}) == {}
 
 
 def test_peaks_by_device_name():
@@ -89,14 +165,12 @@ def test_utilization_of_a_step_on_two_gpus(shape):
     limits = Limits(cfg, shape, "NVIDIA H200")
     group, prompts, responses = [0, 0, 1, 1], [10, 10, 20, 20], [3, 30, 4, 40]
     found = limits.generation(group, prompts, responses)
-    each = [
-        decode_cost(shape, np.array([p, p]), np.array(r), 989e12, 4.8e12) for p, r in ((10, [3, 30]), (20, [4, 40]))
-    ]
-    prefill = [prefill_flops(shape, np.array([p])) / 989e12 for p in (10, 20)]  # once per prompt, not per answer
-    assert found["gen_floor_s"] == max(each[0][0] + prefill[0], each[1][0] + prefill[1])
-    assert found["decode_bytes"] == each[0][1] + each[1][1]
+    each = [decode_bytes(shape, *map(np.array, x)) for x in (([0, 0], [10, 10], [3, 30]), ([1, 1], [20, 20], [4, 40]))]
+    assert found["decode_bytes"] == sum(each)
+    assert found["gen_floor_s"] == pytest.approx(sum(each) / 4.8e12 / 2)  # so few answers are bound by memory
     found |= limits.training([0, 1], [10, 20], [30, 40])
-    assert found["train_floor_s"] == found["train_flops"] / (2 * 989e12)
+    flops = 3 * forward_flops(shape, np.array([0, 1]), np.array([10, 20]), np.array([30, 40]), logits=70)
+    assert (found["train_flops"], found["train_floor_s"]) == (flops, flops / (2 * 989e12))
     times = {"time/step_s": 5.0, "time/validate_s": 2.0, "time/checkpoint_s": 1.0, "time/train_s": 0.5}
     used = limits.utilization(found | times | {"time/generate_s": 1.0})
     assert used["efficiency"] == pytest.approx((found["gen_floor_s"] + found["train_floor_s"]) / 2.0)
@@ -105,6 +179,25 @@ def test_utilization_of_a_step_on_two_gpus(shape):
     beside = limits.utilization(found | times | {"time/background_generate_s": 4.0})  # sampling beside the update
     assert beside["mbu"] == pytest.approx(used["mbu"] / 4)
     assert limits.utilization(found | times).keys() == {"efficiency", "mfu"}  # the last step of such a run
+
+
+def test_prompts_are_on_the_gpus_of_the_engines_that_get_them(shape):
+    """With two engines a GPU, prompts 0 and 1 go to the first GPU and 2 and 3 to the second."""
+    two_each = ["policy.generation.engines_per_gpu=2", "policy.generation.vllm_cfg.kv_cache_memory_bytes=1000000000"]
+    cfg = load_config(ROOT / "config.yaml", ["cluster.num_nodes=1", "cluster.gpus_per_node=2", *two_each])
+    found = Limits(cfg, shape, "NVIDIA H200").generation([0, 1, 2, 3], [10] * 4, [50, 50, 5, 5])
+    each = [decode_bytes(shape, np.array([0, 1]), np.array([10, 10]), np.array([r, r])) for r in (50, 5)]
+    assert found["decode_bytes"] == sum(each)
+
+
+def test_published_step_times_have_the_numbers_of_these_formulas(tmp_path):
+    from benchmarks.step_time import recompute
+
+    published = ROOT / "benchmarks" / "results" / "step_time.json"
+    copy = tmp_path / "step_time.json"
+    copy.write_bytes(published.read_bytes())
+    recompute(copy)
+    assert copy.read_text() == published.read_text()
 
 
 def test_efficiency_counts_gpus_that_wait(shape):

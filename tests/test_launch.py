@@ -1,21 +1,20 @@
-"""launch.py: what a run says before it starts, and a machine on which an earlier one left something."""
+"""launch.py: what a run says before it starts and at its end, and a machine on which Ray was left running."""
 
 import os
 import re
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
 from conftest import ROOT
-from test_run import wait_for
 
 from config import ConfigError, load_config
-from launch import check_before_start, leftovers, wait_for_loading
+from launch import RunError, Stopped, check_before_start, run_main, wait_for_loading
 
 LOCAL_RUN = """
 import ray, launch
@@ -56,41 +55,35 @@ def test_many_nodes_need_a_cluster(quickstart_overrides, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_beside_what_an_earlier_ray_left():
-    """It neither joins the old Ray nor stops for it, and names its processes with the command that ends them."""
-    before, mark = set(leftovers()), f"test {os.getpid()}"
+    """It does not join the old Ray and does not stop for it."""
+    mark = f"test {os.getpid()}"
     ray = Path(sys.executable).with_name("ray")
     subprocess.run(
         [ray, "start", "--head", "--port=0", "--include-dashboard=false", "--num-cpus=1"],
-        check=True, capture_output=True, timeout=60, env=os.environ | {"LEFT_BY": mark},
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"LEFT_BY": mark},
+    )
+    old = []
     try:
-        old = {pid: name for pid, name in leftovers().items() if pid not in before}
-        assert set(old.values()) >= {"raylet", "gcs_server"}
-        port = next(
-            re.search(r"gcs_server_port=(\d+)", c)[1] for p in old if "gcs_server_port" in (c := command_line(p))
-        )
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # it has ended, or it is not ours
+                old += [process] if process.environ().get("LEFT_BY") == mark else []
+        port = next(found[1] for p in old if (found := re.search(r"gcs_server_port=(\d+)", " ".join(p.cmdline()))))
         done = subprocess.run(
-            [sys.executable, "-c", LOCAL_RUN], capture_output=True, text=True, timeout=90, cwd=ROOT, check=True
+            [sys.executable, "-c", LOCAL_RUN], capture_output=True, text=True, timeout=150, cwd=ROOT, check=True
         )
     finally:
-        for process in psutil.process_iter():  # also the helpers that leftovers() does not name: they hold little
-            with suppress(psutil.Error):  # it went with its parent
-                if process.pid in set(leftovers()) - before or process.environ().get("LEFT_BY") == mark:
-                    process.kill()
+        for process in old:
+            with suppress(psutil.Error):
+                process.kill()
     assert "nodes 1 cluster" in done.stdout
     assert f":{port}" not in done.stdout
-    warning = next(line for line in done.stderr.splitlines() if "warning" in line)
-    assert warning.startswith("warning: left over from an earlier run")
-    assert {int(pid) for pid in warning.rpartition("kill -9 ")[2].split()} >= set(old)
-    wait_for(lambda: not set(old) & set(leftovers()), 20, "the end of the old processes")
-
-
-def command_line(pid: int) -> str:
-    return " ".join(psutil.Process(pid).cmdline())
 
 
 @pytest.mark.slow
-def test_loading_fails_at_once_or_names_what_is_late(capsys):
+def test_loading_fails_at_once_or_names_what_is_late():
     @ray.remote(num_cpus=0)
     def load(seconds: float | None) -> None:
         if seconds is None:
@@ -108,8 +101,35 @@ def test_loading_fails_at_once_or_names_what_is_late(capsys):
         wait_for_loading({"policy": [load.remote(0)], "engines": [load.remote(0)]}, 60)
     finally:
         ray.shutdown()
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(r" • loaded: (policy|engines) after \d+ s, (policy|engines) after \d+ s", line)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (None, None, ""),
+        (ConfigError("a key"), "error: a key", ""),
+        (RunError("a reason"), "error: a reason", ""),
+        (Stopped("SIGTERM"), 85, "stopped by SIGTERM; the same command continues from what was saved\n"),
+        (KeyboardInterrupt(), "error: interrupted; the same command continues from what was saved", ""),
+        (SystemExit(143), 143, ""),
+        (ZeroDivisionError("no\nsense"), None, "error: ZeroDivisionError: no sense\n"),
+    ],
+)
+def test_exit_codes_and_the_line_that_goes_with_them(raised, code, line, capsys):
+    """sys.exit with a text prints it and exits with 1; so does Python after a traceback."""
+
+    def script():
+        if raised:
+            raise raised
+
+    expected = nullcontext()
+    if raised:
+        expected = pytest.raises(ZeroDivisionError if isinstance(raised, ZeroDivisionError) else SystemExit)
+    with expected as found:
+        run_main(script)
+    if code:
+        assert found.value.code == code
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.slow

@@ -11,17 +11,20 @@ import subprocess
 import threading
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT
 from test_policy import counts, free_address, random_batch, spawn
 from test_run import BATCH, children, command, read, wait_for
 
-from checkpoint import Checkpoints, Position, kept_steps, publish, remove, steps_in
+from checkpoint import Checkpoints, Position, file_hash, kept_steps, publish, remove, steps_in
 from config import Checkpointing, ConfigError, load_config, seconds
 from launch import RunError, Stopped, StopRequests
+from logger import best_and_worst, open_rows
 from policy import PolicyWorker
 from train_grpo import grpo_loss
 
@@ -136,7 +139,7 @@ def stop_by_sigterm(given: list[str], folder: Path) -> int:
         assert run.process.wait(timeout=60) == 85
     assert psutil.wait_procs(family, timeout=20)[1] == []
     lines = (folder / "stderr").read_text()
-    assert "stopped by SIGTERM; the same command continues from the newest checkpoint" in lines
+    assert "stopped by SIGTERM; the same command continues from what was saved" in lines
     assert "SIGTERM received" not in lines
     assert "Traceback" not in lines
     last = read(metrics)[-1]["step"]
@@ -255,9 +258,8 @@ def test_other_data_are_refused(opened, base, whole, tmp_path):
     (tmp_path / "other.jsonl").write_text(rows.read_text().replace("What", "what", 1))
     with pytest.raises(ConfigError) as error:
         opened(f"data.train_jsonl_fpath={tmp_path}/other.jsonl")
-    said = one_line(error)
-    assert said.startswith(f"data.train_jsonl_fpath='{tmp_path}/other.jsonl' has other contents than when '{whole}")
-    assert "sha256" in said
+    assert one_line(error).startswith("the contents (sha256) of data.train_jsonl_fpath was ")
+    assert f": to continue '{whole}" in one_line(error)
 
 
 @pytest.mark.slow
@@ -305,7 +307,7 @@ def config_of(folder: Path, quickstart_overrides: list[str], *more: str):
 def test_folders_that_are_no_checkpoints(quickstart_overrides, tmp_path):
     for name in ("tmp_step_9/training_state", "tmp_step_rest", "step_x", "step_7/training_state"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"step_7' cannot be resumed, it has no readable run.json"):
+    with pytest.raises(ConfigError, match=r"step_7' cannot be continued: run.json is missing, damaged or of another"):
         Checkpoints(config_of(tmp_path / "runs", quickstart_overrides))
     shutil.rmtree(tmp_path / "runs" / "step_7")
     assert Checkpoints(config_of(tmp_path / "runs", quickstart_overrides)).position == Position()
@@ -313,6 +315,93 @@ def test_folders_that_are_no_checkpoints(quickstart_overrides, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cannot write to checkpointing.checkpoint_dir='.*file/runs' \(Not a dir"):
         Checkpoints(config_of(tmp_path / "file" / "runs", quickstart_overrides))
+
+
+def a_checkpoint(cfg, step: int) -> Path:
+    """What a run of this configuration leaves, with little in it."""
+    folder = Path(cfg.checkpointing.checkpoint_dir) / f"step_{step}"
+    folder.mkdir(parents=True)
+    writer = dcp.FileSystemWriter(folder / "training_state")
+    dcp.save({"weight": torch.ones(100)}, storage_writer=writer, no_dist=True)
+    run = {"position": dataclasses.asdict(Position(step, step)), "wandb_id": None, "world_size": 1}
+    run |= {"train_sha256": file_hash(cfg.data.train_jsonl_fpath), "config": dataclasses.asdict(cfg)}
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def of_another_version(path: Path) -> None:
+    path.write_text(path.read_text().replace("batches_drawn", "rows_drawn"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (cut, "run.json"),
+        (of_another_version, "run.json"),
+        (Path.unlink, "training_state/.metadata"),
+        (cut, "training_state/.metadata"),
+        (Path.unlink, "training_state/__0_0.distcp"),
+        (cut, "training_state/__0_0.distcp"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_continued(
+    quickstart_overrides, tmp_path, damage, name
+):
+    cfg = config_of(tmp_path / "runs", quickstart_overrides)
+    a_checkpoint(cfg, 1)
+    newest = a_checkpoint(cfg, 2)
+    damage(newest / name)
+    with pytest.raises(ConfigError) as error:
+        Checkpoints(cfg)
+    assert one_line(error).startswith(f"'{newest}' cannot be continued: {name} is missing, damaged or of another vers")
+    assert f"move '{newest}' away to continue from the step_N before it" in one_line(error)
+    del error  # it holds the Checkpoints that raised it, and these the lock
+    gc.collect()
+    newest.rename(tmp_path / "aside")
+    assert Checkpoints(cfg).position == Position(1, 1)
+
+
+# ---------------------------------------------------------------- the logs' rows
+
+
+def test_logs_are_cut_back_to_the_step_that_is_continued(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 2, 3)]
+    path.write_text("".join(lines) + '{"step": 2')  # a death in the middle of a line
+    open_rows(path, 2).close()
+    assert path.read_text() == "".join(lines[:3])
+    open_rows(path, 0).close()  # a new run
+    assert (path.read_text(), path.with_name("metrics.jsonl.1").read_text()) == ("", "".join(lines[:3]))
+
+
+@pytest.mark.parametrize("broken", ['{"step": 2, "rew\n', "[]\n", "{}\n", "\n"])
+def test_a_broken_line_in_the_logs_is_named(tmp_path, broken):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + broken + '{"step": 3}\n')
+    before = path.read_text()
+    with pytest.raises(ConfigError) as error:
+        open_rows(path, 3)
+    assert one_line(error) == f"{path} line 2 is broken; remove that line, or the whole file"
+    assert path.read_text() == before
+
+
+def test_rollouts_that_are_kept_are_spread_over_prompts():
+    rewards = {0: [0.0, 1.0, 0.5, 1.0], 1: [0.2, 0.2, 0.2, 0.2], 2: [1.0, 0.0, 0.0, 0.0]}
+    samples = [SimpleNamespace(prompt=p, reward=r) for p, group in rewards.items() for r in group]
+
+    def kept(count: int) -> list[tuple[int, float]]:
+        return [(s.prompt, s.reward) for s in best_and_worst(samples, count)]
+
+    assert kept(4) == [(0, 0.0), (0, 1.0), (1, 0.2), (1, 0.2)]
+    assert kept(6) == [*kept(4), (2, 0.0), (2, 1.0)]
+    assert kept(8) == [*kept(6), (0, 0.5), (0, 1.0)]
+    assert len(kept(100)) == 12
+    assert kept(0) == []
+    assert best_and_worst(samples, -1) == samples
 
 
 # ---------------------------------------------------------------- writing

@@ -6,7 +6,7 @@ that says what, where, and what to do. A key is declared once, with type, defaul
 
     num_prompts_per_step: int = key(64, "prompts sampled per step", least=1)
 
-OmegaConf checks names and types, `check_ranges` the ranges, `contradictions` which values do not fit together.
+OmegaConf checks names and types, `check_ranges` the ranges, the two `..._contradictions` what does not fit together.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ STEP = "${mul:${grpo.num_prompts_per_step},${grpo.num_generations_per_prompt}}" 
 LLM_ARGUMENTS = """model load_format skip_tokenizer_init dtype seed max_model_len max_num_seqs gpu_memory_utilization
 kv_cache_memory_bytes enforce_eager enable_chunked_prefill enable_sleep_mode logprobs_mode disable_log_stats"""
 
-BOUNDS = {  # how a key names its bound, the words for it, and when a value keeps it
+BOUNDS = {  # for each argument of `key`: the words that tell the user, and the test of a value against the bound
     "least": ("at least", operator.ge),
     "above": ("above", operator.gt),
     "most": ("at most", operator.le),
@@ -73,9 +73,7 @@ class GRPO:
     async_one_step_off: bool = key(False, "sample during the update, one update behind; resuming is not bit-exact then")
     reward_shaping: RewardShaping = key(RewardShaping, "soft limit of the responses' length")
     max_unverified_fraction: float = key(0.2, "stop when a larger share cannot be verified", least=0, most=1)
-    max_token_mult_prob_error: float | None = key(
-        1.5, "stop when engine and trainer differ so much; null never", above=0
-    )
+    max_token_mult_prob_error: float | None = key(1.5, "stop at this trainer-engine mismatch; null: never", above=0)
     gate_patience: int = key(3, "how many steps in a row one of the two limits above may be exceeded", least=1)
     val_period: int = key(10, "validate every N steps; 0 never", least=0)
     val_at_start: bool = key(True, "validate before the first step")
@@ -165,9 +163,7 @@ class Generation:
 @dataclass
 class PolicyCfg:
     model_name: str = key(MISSING, "Hugging Face name or folder")
-    precision: str = key(
-        "bfloat16", "of compute; float16 is finer but has less range", among="bfloat16 float16 float32"
-    )
+    precision: str = key("bfloat16", "of compute; float16 is finer, with less range", among="bfloat16 float16 float32")
     max_total_sequence_length: int = key(32768, "longest prompt plus response in tokens", least=1)
     train_global_batch_size: int = key(STEP, "samples per optimizer step; must divide a step's samples", least=1)
     max_grad_norm: float | None = key(1.0, "clip the gradient's norm to this; null: no clipping", above=0)
@@ -406,7 +402,7 @@ def policy_contradictions(cfg: Config) -> Iterator[str]:
     if window < longest:
         yield f"policy.generation.vllm_cfg.max_model_len={window} is below policy.max_total_sequence_length={longest}"
     if engines > 1 and gen.vllm_cfg.kv_cache_memory_bytes is None:
-        yield f"policy.generation.engines_per_gpu={engines} needs vllm_cfg.kv_cache_memory_bytes, for each its part"
+        yield f"policy.generation.engines_per_gpu={engines} needs vllm_cfg.kv_cache_memory_bytes for each engine"
     if own.enabled and own.resources.gpus_per_node is not None:
         yield "policy.generation.colocated.resources.gpus_per_node needs colocated.enabled=false"
     if not own.enabled and not 0 < (own.resources.gpus_per_node or 0) < cfg.bundles_per_node:
@@ -424,7 +420,10 @@ def other_contradictions(cfg: Config) -> Iterator[str]:
     # NeMo RL turns on GSPO with this key. Here it belongs to the correction of the engine's probabilities.
     is_correction = corrects and loss.token_level_loss
     if loss.sequence_level_importance_ratios and not (is_correction or loss.variant == "gspo"):
-        yield "loss_fn.sequence_level_importance_ratios is an option of the correction; for GSPO: loss_fn.variant=gspo"
+        yield (
+            "loss_fn.sequence_level_importance_ratios needs use_importance_sampling_correction=true and "
+            "token_level_loss=true; for GSPO, which NeMo RL spells so, set loss_fn.variant=gspo"
+        )
     if g.async_one_step_off and not (apart and corrects):
         yield "grpo.async_one_step_off needs colocated.enabled=false and use_importance_sampling_correction=true"
     # A limit beyond what the engine generates, or a buffer longer than the limit, would not be what anybody means.

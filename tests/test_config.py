@@ -1,12 +1,17 @@
 """config.yaml, inheritance, overrides, and one-line errors. No torch needed."""
 
+import ast
+import math
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from config import ConfigError, help_text, load_config, schema_keys
+from config import LLM_ARGUMENTS, ConfigError, check_ranges, help_text, load_config, schema_keys
 
 RECIPE = ROOT / "config.yaml"
 
@@ -23,13 +28,11 @@ def test_recipe_has_the_published_values():
     assert cfg.device == "cuda"
 
 
-def test_recipe_names_every_key_of_the_schema():
-    """A reader of config.yaml sees all there is: no option lives in the schema alone."""
-    from omegaconf import OmegaConf
-
-    tree = OmegaConf.load(RECIPE)
-    missing = [name for name in schema_keys() if OmegaConf.select(tree, name, default="absent") == "absent"]
-    assert missing == []
+def test_lengths_follow_each_other():
+    """What is not set follows: micro-batch, engine and response the longest sequence, the soft limit the response."""
+    cfg = load_config(RECIPE, ["policy.max_total_sequence_length=4096", "policy.generation.max_new_tokens=1024"])
+    assert cfg.policy.sequence_packing.train_mb_tokens == cfg.policy.generation.vllm_cfg.max_model_len == 4096
+    assert cfg.grpo.reward_shaping.max_response_length == cfg.loss_fn.dr_grpo_length == 1024
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
@@ -77,6 +80,112 @@ def test_where_ranks_and_engines_are():
     assert cfg.world_size == 6
 
 
+def test_arguments_that_the_program_gives_to_vllm_are_refused():
+    tree = ast.parse((ROOT / "rollout.py").read_text())
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "LLM"]
+    given_there = {k.arg for call in calls for k in call.keywords if k.arg}
+    assert given_there == set(LLM_ARGUMENTS.split())
+    for name in [*given_there, "tensor_parallel_size"]:
+        with pytest.raises(ConfigError, match=rf"vllm_kwargs\.{name} "):
+            load_config(RECIPE, [f"policy.generation.vllm_kwargs.{name}=1"])
+
+
+TEXTS = [
+    "001",
+    "1e3",
+    "true",
+    "2024-01-01",
+    "a b#c",
+    "x #1",
+    "[x]",
+    "{x: y}",
+    "a: b",
+    "@x",
+    "größer",
+    "'x'",
+    "-",
+    "a=b",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_stays_text(text, tmp_path):
+    keys = ["logger.wandb.name", "++logger.log_dir", "policy.model_name"]
+    cfg = load_config(RECIPE, [f"{key}={text}" for key in keys])
+    assert cfg.logger.wandb.name == cfg.logger.log_dir == cfg.policy.model_name == text
+    folder = tmp_path / "a b#[ü]"
+    folder.mkdir()
+    OmegaConf.save({"defaults": str(RECIPE), "logger": {"wandb": {"name": text}}}, folder / "c.yaml")
+    assert load_config(folder / "c.yaml").logger.wandb.name == text
+    assert load_config(RECIPE, ["logger.wandb.name=null"]).logger.wandb.name is None
+
+
+NUMBERS = {name: f for name, f in schema_keys().items() if any(t in str(f.type) for t in ("int", "float"))}
+
+
+def test_every_number_has_a_range():
+    assert [name for name, f in NUMBERS.items() if not f.metadata["bounds"]] == []
+
+
+def outside(name):
+    """Numbers of the key's type that are outside its range, and for a float those that are not finite."""
+    field = NUMBERS[name]
+    whole, bounds = "float" not in str(field.type), field.metadata["bounds"]
+    numbers = {"allow_nan": False, "allow_infinity": False} if not whole else {}
+    draw = st.integers if whole else st.floats
+    ends = {
+        "least": lambda b: draw(max_value=b - 1 if whole else math.nextafter(b, -math.inf), **numbers),
+        "above": lambda b: draw(max_value=b, **numbers),
+        "most": lambda b: draw(min_value=b + 1 if whole else math.nextafter(b, math.inf), **numbers),
+        "below": lambda b: draw(min_value=b, **numbers),
+    }
+    choices = [ends[word](bound) for word, bound in bounds.items()]
+    return st.one_of(*choices, *([] if whole else [st.sampled_from([math.nan, math.inf, -math.inf])]))
+
+
+RECIPE_LOADED = load_config(RECIPE)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_numbers_outside_their_range_are_refused(name, data):
+    number = data.draw(outside(name))
+    *sections, leaf = name.split(".")
+    section = RECIPE_LOADED
+    for part in sections:
+        section = getattr(section, part)
+    before = getattr(section, leaf)
+    setattr(section, leaf, [number] if isinstance(before, list) else number)
+    try:
+        with pytest.raises(ConfigError) as caught:
+            check_ranges(RECIPE_LOADED)
+    finally:
+        setattr(section, leaf, before)
+    assert str(caught.value).startswith(f"{name}=")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "policy.max_grad_norm=0", "policy.max_grad_norm=-1", "policy.scheduler.warmup_steps=-1",
+        "grpo.max_val_samples=0", "grpo.max_val_samples=-1", "grpo.max_num_epochs=0", "grpo.max_num_epochs=-1",
+        "grpo.val_batch_size=-1", "grpo.num_val_generations_per_prompt=0", "grpo.val_period=-1", "grpo.seed=-1",
+        "grpo.num_generations_per_prompt=1", "loss_fn.truncated_importance_sampling_ratio=-1",
+        "policy.optimizer.betas=[0.9,1.0]", "logger.num_rollouts_to_save=-2", "env.reward_timeout_s=0",
+    ],
+)  # fmt: skip
+def test_values_out_of_range_on_the_command_line(override):
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        load_config(RECIPE, [override])
+
+
+def test_null_means_no_clipping():
+    assert load_config(RECIPE, ["policy.max_grad_norm=null"]).policy.max_grad_norm is None
+
+
 @pytest.mark.parametrize("plus", ["", "+", "++"])
 def test_override_grammar(plus):
     assert load_config(RECIPE, [f"{plus}grpo.seed=7"]).grpo.seed == 7
@@ -95,13 +204,17 @@ def test_defaults_chain_and_precedence(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("grpo.num_prompt_per_step=4", ["grpo.num_prompt_per_step", "grpo.num_prompts_per_step"]),
+        ("grpo.num_prompt_per_step=4", ["grpo.num_prompt_per_step", "num_prompts_per_step"]),
         ("+policy.learning_rate=1", ["policy.learning_rate"]),
         ("grpo.temperature=1", ["grpo.temperature", "policy.generation.temperature"]),
         ("polcy.model_name=x", ["polcy", "policy"]),
         ("grpo.seed=abc", ["grpo.seed", "abc"]),
         ("grpo.seed=null", ["grpo.seed"]),
-        ("policy.optimizer=3", ["policy.optimizer"]),
+        ("policy.optimizer=3", ["policy.optimizer", "section"]),
+        ("grpo.seed.deeper=3", ["grpo.seed"]),
+        ("grpo.seed=@", ["grpo.seed=@", "not valid YAML"]),
+        ("logger.log_dir=${", ["logger.log_dir"]),
+        ("logger.wandb={name: 001}", ["logger.wandb.name", "quotes"]),
         ("grpo.seed", ["grpo.seed", "section.key=value"]),
         ("=3", ["=3", "section.key=value"]),
         ("policy.generation.top_p=0.9", ["top_p=0.9", "1.0"]),
@@ -111,16 +224,23 @@ def test_defaults_chain_and_precedence(tmp_path):
         ("policy.sequence_packing.train_mb_tokens=100", ["train_mb_tokens=100", "32768"]),
         ("policy.generation.vllm_cfg.max_model_len=100", ["max_model_len=100"]),
         ("policy.dtensor_cfg.tensor_parallel_size=3", ["tensor_parallel_size=3", "64 policy ranks"]),
-        ("policy.generation.colocated.enabled=false", ["resources.gpus_per_node", "below the 8"]),
+        ("policy.generation.colocated.enabled=false", ["resources.gpus_per_node", "from 1 to 7"]),
         ("policy.generation.colocated.resources.gpus_per_node=1", ["colocated.enabled=false"]),
         ("policy.generation.engines_per_gpu=2", ["kv_cache_memory_bytes"]),
         ("grpo.async_one_step_off=true", ["colocated.enabled=false", "use_importance_sampling_correction=true"]),
         ("policy.precision=fp8", ["fp8", "bfloat16"]),
         ("loss_fn.variant=ppo", ["ppo", "cispo"]),
         ("loss_fn.ratio_clip_c=0.5", ["ratio_clip_c=0.5"]),
+        ("loss_fn={sequence_level_importance_ratios: true, token_level_loss: false}", ["loss_fn.variant=gspo"]),
+        ("loss_fn.sequence_level_importance_ratios=true", ["loss_fn.variant=gspo"]),
+        ("grpo.reward_shaping={enabled: true, max_response_length: 40000}", ["max_response_length", "max_new_tokens"]),
+        ("grpo.reward_shaping={enabled: true, max_response_length: 100}", ["overlong_buffer_length"]),
+        ("checkpointing.metric_name=validation/accuracy", ["metric_name=validation/accuracy", "val:accuracy"]),
+        ("checkpointing.checkpoint_must_save_by=3:45", ["checkpoint_must_save_by", "DD:HH:MM:SS"]),
+        ("policy.generation.vllm_cfg.tensor_parallel_size=2", ["vllm_cfg.tensor_parallel_size=2", "at most 1"]),
         ("loss_fn.truncated_importance_sampling_ratio=2", ["use_importance_sampling_correction"]),
         ("env.should_use_judge=true", ["env.judge_url"]),
-        ("cluster.num_nodes=0", ["cluster.num_nodes", "above 0"]),
+        ("cluster.num_nodes=0", ["cluster.num_nodes=0", "at least 1"]),
         ("policy.model_name=${policy.nope}", ["policy.nope"]),
     ],
 )
@@ -136,7 +256,10 @@ def test_mistakes_are_one_line_that_names_the_key(override, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("grpo: {sede: 1}", ["grpo.sede", "grpo.seed", "c.yaml"]),
+        ("grpo: {sede: 1}", ["grpo.sede", "'seed'", "c.yaml"]),
+        ("grpo: 3", ["GRPO", "section", "c.yaml"]),
+        ("logger: {wandb: {name: 001}}", ["logger.wandb.name", "c.yaml", "quotes"]),
+        ("defaults: c.yaml", ["c.yaml", "back to itself"]),
         ("grpo: [1, 2", ["c.yaml", "not valid YAML"]),
         ("- 1\n- 2\n", ["c.yaml", "mapping"]),
         ("defaults: nowhere.yaml", ["nowhere.yaml", "does not exist"]),
@@ -157,15 +280,23 @@ def test_help_lists_every_key_with_type_default_and_meaning():
     for name, field in schema_keys().items():
         assert f"  {name}  (" in text
         assert field.metadata["help"] in text
-    assert "grpo.max_val_samples  (int | null, null)" in text
+    assert "grpo.max_val_samples  (int | null, null, at least 1)" in text
+    assert "gpu_memory_utilization  (float, 0.8, above 0 and at most 1)" in text
+    assert "loss_fn.variant  (str, grpo, one of grpo dr_grpo cispo gspo)" in text
     assert "policy.model_name  (str, required)" in text
+
+
+SEDE = (
+    "error: override 'grpo.sede=1': Key 'sede' not in 'GRPO'. Did you mean: 'seed'? (grpo.sede); "
+    "`--help` lists every key"
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["grpo.sede=1"], "error: unknown key 'grpo.sede' in override 'grpo.sede=1'; did you mean 'grpo.seed'?"),
+        (["grpo.sede=1"], SEDE),
         (["--config", "nowhere.yaml"], "error: config file 'nowhere.yaml' does not exist; pass --config FILE"),
     ],
 )

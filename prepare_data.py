@@ -18,30 +18,29 @@ with --overwrite. Without the hub, the same from files got in another way:
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import signal
-import statistics
 import sys
 import tempfile
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 from tqdm import tqdm
 
 from config import ConfigError
-from recipes.arithmetic import ANSWER_STYLES, KINDS, Arithmetic, arithmetic_rows
+from recipes import arithmetic
 from rows import AGENT_REF, load_tokenizer, read_row
 
 Row = dict[str, Any]
-Located = Iterable[tuple[str, Any]]  # pairs of a place ("file:line") and the row there, or its undecoded line
+Located = Iterable[tuple[str, Any]]  # pairs of a place ("file:line") and the row there, or the ValueError it gave
 SPLITS = ("train", "validation")
 MATH_TEMPLATE = (
     "Solve the following math problem. Make sure to put the answer (and only answer) inside \\boxed{}.\n\n{question}"
@@ -94,7 +93,7 @@ def gsm8k_columns(answer: Any) -> Row:
 
 @dataclass(frozen=True)
 class Layout:
-    """A column layout: a row that has both columns is read so. Columns that it neither uses nor drops stay in the row."""
+    """A column layout: a row that has both columns is read so. Columns that it does not use stay."""
 
     question: str
     answer: str
@@ -119,9 +118,12 @@ LAYOUTS = (
 
 def convert(row: Any, template: str | None) -> Row:
     """A row of any known layout as one of ours; ValueError says what is wrong with it."""
+    if isinstance(row, ValueError):
+        raise row
+    if isinstance(row, dict):
+        row = row.get("task_input", row)  # a materialized row of NeMo Gym
     if not isinstance(row, dict):
         raise ValueError("it is no JSON object")
-    row = row.get("task_input", row)  # a materialized row of NeMo Gym
     layout = next((known for known in LAYOUTS if known.question in row and known.answer in row), None)
     if layout is None:
         known = ", ".join(f"{known.question} + {known.answer}" for known in LAYOUTS)
@@ -144,9 +146,7 @@ def convert(row: Any, template: str | None) -> Row:
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"its question is empty or no text: {question!r}")
     if template or not layout.is_prompt:
-        content = (template or MATH_TEMPLATE).replace(
-            "{question}", question
-        )  # str.format would read the {} of \boxed{}
+        content = (template or MATH_TEMPLATE).replace("{question}", question)  # str.format would fail at \boxed{}
         params["input"] = [{"role": "user", "content": content}]
     return made
 
@@ -184,25 +184,28 @@ FULL_SETS = {  # --full: as published, every question many times
 
 
 def read_jsonl(path: Path) -> Located:
-    """Lines of a JSONL file, undecoded; blank ones are left out. (`datasets` would not say which line is bad.)"""
+    """Lines of a JSONL file; blank ones are left out. (`datasets` would not say which line is bad.)"""
     with open(path, "rb") as file:
-        yield from ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield f"{path}:{number}", ValueError(f"it is no JSON ({error})")
 
 
 def read_parquet(path: Path) -> Located:
     """Rows of a Parquet file, a batch at a time. (`datasets` would copy the file into its cache first.)"""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
+    import pyarrow.parquet
 
     try:
-        yield from arrow_rows(str(path), ParquetFile(path).iter_batches(4096))
-    except ArrowException as error:
-        raise ConfigError(f"{path}: no readable Parquet ({first_line(error)}); write or download it again") from error
+        yield from arrow_rows(str(path), pyarrow.parquet.ParquetFile(path).iter_batches(4096))
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"{path}: no readable Parquet ({error}); write or download it again") from error
 
 
 def read_hub(hub: Hub) -> Located:
     """Rows of a data set on the hub, or in its local cache when the hub cannot be reached."""
-    go_offline_if_unreachable()
     import datasets
 
     datasets.logging.set_verbosity_error()
@@ -211,9 +214,9 @@ def read_hub(hub: Hub) -> Located:
         table = datasets.load_dataset(hub.repo, hub.config, split=hub.split).with_format("arrow")
     except Exception as error:  # many kinds: network, permission, cache, parsing
         raise ConfigError(
-            f"cannot load {hub.repo} from the Hugging Face hub ({type(error).__name__}: {first_line(error)}); check "
-            "network, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE, or get its .parquet or .jsonl file in another way and give "
-            "that file's path instead of the name (see --help)"
+            f"cannot load {hub.repo} from the Hugging Face hub ({type(error).__name__}: {error}); check network, "
+            "HF_TOKEN, HF_HOME and HF_HUB_OFFLINE, or get its .parquet or .jsonl file in another way and give that "
+            "file's path instead of the name (see --help)"
         ) from error
     yield from arrow_rows(f"{hub.repo} ({hub.split})", table.iter(4096))
 
@@ -236,11 +239,6 @@ def go_offline_if_unreachable(seconds: float = 5.0) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def first_line(error: Exception) -> str:
-    """What an exception of a library says, for our one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 @dataclass
 class Source:
     """Rows on their way to `splits`; where these are two, a hash of the question decides between them."""
@@ -256,38 +254,26 @@ def open_sources(args: argparse.Namespace) -> list[Source]:
     """The sources that NAME and the options ask for."""
     template = args.prompt_template
     if args.name == "arithmetic":
-        names = [field.name for field in fields(Arithmetic)]
-        made = arithmetic_rows(Arithmetic(**{name: getattr(args, name) for name in names}), template or "{question}")
+        made = arithmetic.make_rows(arithmetic.from_options(args), template or "{question}")
         return [Source((split,), ((f"arithmetic {split}", row) for row in rows), None) for split, rows in made.items()]
     if args.name == "file":
         splits = SPLITS[:1] if args.validation_split == 0 else SPLITS[1:] if args.validation_split == 1 else SPLITS
         rows = read_jsonl(args.path) if args.path.suffix == ".jsonl" else read_parquet(args.path)
         return [Source(splits, rows, template, args.dedup, args.skip_bad)]
     hubs = FULL_SETS[args.name] if getattr(args, "full", False) else HUB_SETS[args.name]
-    return [
-        Source((split,), read_hub(hub), template, hub.dedup, args.skip_bad or hub.skip_bad)
-        for split, hub in hubs.items()
-    ]
+    return [Source((split,), read_hub(h), template, h.dedup, args.skip_bad or h.skip_bad) for split, h in hubs.items()]
 
 
 def good_rows(source: Source, bad: list[str]) -> Iterator[tuple[Row, bytes]]:
     """Converted rows and their lines; a bad row ends the run, or goes to `bad`."""
     for place, raw in source.rows:
         try:
-            row = convert(parse_line(raw) if isinstance(raw, bytes) else raw, source.template)
+            row = convert(raw, source.template)
             yield row, json_line(row)
         except (ValueError, RecursionError) as error:
             bad.append(f"{place}: {error}")
             if not source.skip_bad:
                 raise ConfigError(f"{bad[0]}; correct it, or leave such rows out with --skip-bad") from error
-
-
-def parse_line(line: bytes) -> Any:
-    """The JSON value of a line; ValueError if it is none."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is no JSON ({error})") from error
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -311,12 +297,11 @@ class SplitWriter:
         self.args, self.tokenizer = args, tokenizer
         self.file = open(path, "wb")  # noqa: SIM115 - closed by finish()
         self.sha256 = hashlib.sha256()
-        self.count = dict.fromkeys(("rows", "duplicates", "duplicates_dropped", "bad_skipped", "too_long", "bytes"), 0)
-        self.lengths: dict[str, Counter] = {"characters": Counter()} | ({"tokens": Counter()} if tokenizer else {})
+        self.count = dict.fromkeys(("rows", "duplicates", "duplicates_dropped", "bad_skipped", "too_long"), 0)
+        self.lengths: Counter[int] = Counter()
         self.seen: set[int] = set()
         self.answers: set[int] = set()
         self.sample: Row = {}
-        self.first_bad = ""
 
     def add(self, row: Row, line: bytes, dedup: bool) -> None:
         """Write the row, --num-repeats times, unless it repeats another or is too long and such rows are dropped."""
@@ -325,73 +310,41 @@ class SplitWriter:
             count["duplicates_dropped"] += 1
             return
         prompt = row["responses_create_params"]["input"]
-        lengths = {"characters": sum(len(message["content"]) for message in prompt)}
         if self.tokenizer:
-            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-            lengths["tokens"] = len(ids)
-        too_long = lengths["tokens" if self.tokenizer else "characters"] > args.max_prompt_length
+            length = len(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+        else:
+            length = sum(len(message["content"]) for message in prompt)
+        too_long = args.max_prompt_length is not None and length > args.max_prompt_length
         count["too_long"] += too_long
         if too_long and args.drop_long:
             return
-        for unit, length in lengths.items():
-            self.lengths[unit][length] += args.num_repeats
+        count["rows"] += args.num_repeats
         count["duplicates"] += key in self.seen
+        self.lengths[length] += args.num_repeats
         self.seen.add(key)
         self.answers.add(hash(row["expected_answer"]))
         self.sample = self.sample or row
         line *= args.num_repeats
-        count["rows"] += args.num_repeats
-        count["bytes"] += len(line)
         self.sha256.update(line)
         self.file.write(line)
 
     def finish(self) -> Row:
         """Close the file; what *_metrics.json says, which is the same for the same rows."""
         self.file.close()
-        lengths = {f"prompt_{unit}": length_statistics(counts) for unit, counts in self.lengths.items()}
-        limit = None if self.args.max_prompt_length == math.inf else self.args.max_prompt_length
-        return {
-            **self.count,
-            "distinct_answers": len(self.answers),
-            **lengths,
-            "max_prompt_length": limit,
-            "too_long_dropped": self.args.drop_long,
-            "sha256": self.sha256.hexdigest(),
-        }
+        unit = "prompt_tokens" if self.tokenizer else "prompt_characters"
+        counts = {**self.count, "distinct_answers": len(self.answers)}
+        return {**counts, unit: length_statistics(self.lengths), "sha256": self.sha256.hexdigest()}
 
 
-def length_statistics(counts: Counter, bins: int = 10) -> Row:
+def length_statistics(counts: Counter[int]) -> Row:
     """Minimum, maximum, mean, median and a histogram (bin i counts edges[i] <= length < edges[i + 1])."""
-    low, high = min(counts), max(counts)
-    width = (high - low) // bins + 1
-    edges = list(range(low, high + width + 1, width))
-    in_bins = [sum(counts[length] for length in range(edge, edge + width)) for edge in edges[:-1]]
-    mean = round(sum(length * n for length, n in counts.items()) / counts.total(), 3)
-    middle = statistics.median(counts.elements())
-    return {"min": low, "max": high, "mean": mean, "median": middle, "histogram": {"edges": edges, "counts": in_bins}}
-
-
-def report(file: Path, m: Row, writer: SplitWriter) -> None:
-    """Print what was written, and one row to look at."""
-    print(f"{file}: {m['rows']:,} rows, {m['distinct_answers']:,} distinct answers, {m['bytes'] / 1e6:,.1f} MB")
-    for unit in writer.lengths:
-        n = m[f"prompt_{unit}"]
-        print(f"  prompts: {n['min']:,} to {n['max']:,} {unit}, mean {n['mean']:,.1f}, median {n['median']:,}")
-    long = "and were dropped" if m["too_long_dropped"] else "(--drop-long drops them)"
-    notes = {
-        "duplicates": "repeat the question and answer of an earlier row",
-        "duplicates_dropped": "repeats of an earlier row were dropped",
-        "bad_skipped": f"bad rows were skipped, the first: {writer.first_bad}",
-        "too_long": f"prompts are longer than {m['max_prompt_length']} {long}",
-    }
-    for key, note in notes.items():
-        if m[key]:
-            print(f"  {m[key]:,} {note}")
-    print(f"  first prompt: {json.dumps(writer.sample['responses_create_params']['input'], ensure_ascii=False)}")
-    print(f"  its answer: {writer.sample['expected_answer']}")
-
-
-# --- The run ----------------------------------------------------------------------------------------------------------
+    lengths = np.repeat(list(counts), list(counts.values()))
+    low, high = int(lengths.min()), int(lengths.max())
+    width = (high - low) // 10 + 1
+    edges = np.arange(low, high + 1 + width, width)
+    histogram = {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
+    mean, median = round(float(lengths.mean()), 3), float(np.median(lengths))
+    return {"min": low, "max": high, "mean": mean, "median": median, "histogram": histogram}
 
 
 def goes_to_validation(question: str, args: argparse.Namespace) -> bool:
@@ -408,12 +361,12 @@ def write_splits(args: argparse.Namespace, sources: list[Source], writers: dict[
         for row, line in tqdm(rows, desc=" and ".join(source.splits), unit=" rows", disable=None):
             split = source.splits[len(source.splits) > 1 and goes_to_validation(row["question"], args)]
             writers[split].add(row, line, source.dedup)
-        first = writers[source.splits[0]]
-        first.count["bad_skipped"], first.first_bad = len(bad), "".join(bad[:1])
+        writers[source.splits[0]].count["bad_skipped"] = len(bad)
+        skipped = f"{len(bad)} bad rows were skipped, the first: {bad[0]}" if bad else "no row was bad"
         for split in source.splits:
             if not writers[split].count["rows"]:
-                dropped = f", {len(bad)} were bad, the first: {bad[0]}" if bad else ""
-                raise ConfigError(f"no rows are left for {split}.jsonl{dropped}; nothing was written")
+                raise ConfigError(f"no rows are left for {split}.jsonl ({skipped}); nothing was written")
+        print(skipped)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -424,7 +377,7 @@ def prepare(args: argparse.Namespace) -> None:
     for path in (output / f"{split}.jsonl" for split in splits):
         if path.exists() and not args.overwrite:
             raise ConfigError(f"{path} is already there; replace it with --overwrite, or choose another --output")
-    if args.tokenizer and not os.path.isdir(args.tokenizer):
+    if args.name in HUB_SETS or args.tokenizer:
         go_offline_if_unreachable()
     tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else None
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -439,7 +392,10 @@ def prepare(args: argparse.Namespace) -> None:
         for path in sorted(Path(folder).iterdir(), reverse=True):  # train.jsonl last: with it, `make` finds all there
             os.replace(path, output / path.name)
     for split in splits:
-        report(output / f"{split}.jsonl", metrics[split], writers[split])
+        sample = writers[split].sample
+        print(f"{output / split}.jsonl: {json.dumps(metrics[split])}")
+        print(f"  first prompt: {json.dumps(sample['responses_create_params']['input'], ensure_ascii=False)}")
+        print(f"  its answer: {sample['expected_answer']}")
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -457,13 +413,6 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return int(text)
-
-
-def share(text: str) -> float:
-    """An argparse type."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
 
 
 def template_text(text: str) -> str:
@@ -486,10 +435,10 @@ def common_options() -> Parser:
     add("--skip-bad", action="store_true", help="leave out and count bad rows instead of stopping at the first")
     own = "default: the row's own prompt where it has one, else " + json.dumps(MATH_TEMPLATE)
     add("--prompt-template", type=template_text, help="text with {question} in it, or a file with such a text; " + own)
-    add("--tokenizer", help="model folder or hub name: measure prompts in tokens too, with the chat template")
-    limit = "report longer prompts (tokens if --tokenizer, else characters)"
-    add("--max-prompt-length", type=positive, default=math.inf, help=limit)
-    add("--drop-long", action="store_true", help="and leave them out")
+    add("--tokenizer", help="model folder or hub name: measure prompts in tokens, with the chat template")
+    limit = "count longer prompts (tokens if --tokenizer, else characters)"
+    add("--max-prompt-length", type=positive, help=limit)
+    add("--drop-long", action="store_true", help="leave longer prompts out")
     return common
 
 
@@ -504,28 +453,21 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             hub.add_argument("--full", action="store_true", help="as published, with every question many times")
     local = names.add_parser("file", parents=[common], help="a local .jsonl or .parquet file; its path alone does, too")
     local.add_argument("path", type=Path)
-    local.add_argument("--validation-split", type=share, default=0, help="share of questions for validation.jsonl")
+    local.add_argument("--validation-split", type=float, default=0, help="share of questions for validation.jsonl")
     local.add_argument("--dedup", action="store_true", help="drop rows that repeat a question and answer")
-    add = names.add_parser("arithmetic", parents=[common], help="sums, made here").add_argument
-    kinds = f"comma list of {', '.join(KINDS)} (a + b * c); default add"
-    add("--kinds", type=lambda text: tuple(text.split(",")), default=Arithmetic.kinds, help=kinds)
-    add("--min-operand", type=int, default=Arithmetic.min_operand)
-    add("--max-operand", type=int, default=Arithmetic.max_operand)
-    add("--max-factor", type=int, default=Arithmetic.max_factor, help="second factors are 2 to this")
-    add("--num-train", type=positive, default=Arithmetic.num_train)
-    add("--num-validation", type=positive, default=Arithmetic.num_validation, help="at most a quarter of the problems")
-    add("--solved-examples", type=int, default=0, help="number of them, as earlier turns of the chat")
-    style = "solutions: the box alone (default), or the working and the box"
-    add("--answer-style", choices=ANSWER_STYLES, default=Arithmetic.answer_style, help=style)
+    arithmetic.add_options(names.add_parser("arithmetic", parents=[common], help="sums, made here"))
     if argv and argv[0] not in names.choices and not argv[0].startswith("-"):
         argv = ["file", *argv]
     args = parser.parse_args(argv)
-    if args.drop_long and args.max_prompt_length == math.inf:
+    if args.drop_long and args.max_prompt_length is None:
         parser.error("--drop-long needs --max-prompt-length")
-    if args.name == "file" and not args.path.is_file():
-        parser.error(f"{args.path} is neither a known data set ({', '.join(names.choices)}) nor a file here")
-    if args.name == "file" and args.path.suffix not in (".jsonl", ".parquet"):
-        parser.error(f"{args.path} must end in .jsonl or .parquet; convert or rename it")
+    if args.name == "file":
+        if not args.path.is_file():
+            parser.error(f"{args.path} is neither a known data set ({', '.join(names.choices)}) nor a file here")
+        if args.path.suffix not in (".jsonl", ".parquet"):
+            parser.error(f"{args.path} must end in .jsonl or .parquet; convert or rename it")
+        if not 0 <= args.validation_split <= 1:
+            parser.error(f"--validation-split {args.validation_split} is not between 0 and 1")
     args.output = args.output or Path("data") / (args.path.stem if args.name == "file" else args.name)
     return args
 
@@ -538,7 +480,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except (ConfigError, OSError) as error:
-        print(f"prepare_data.py: error: {error}", file=sys.stderr)
+        print(f"prepare_data.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -3,9 +3,10 @@
 The quickstart's tiny model and SmolLM2-135M learn from them, where nothing can be downloaded.
 """
 
+import argparse
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from config import ConfigError
@@ -43,8 +44,10 @@ class Arithmetic:
             raise ConfigError(f"unknown kind {min(unknown)!r}, known are {', '.join(KINDS)}")
         if not 0 <= self.min_operand <= self.max_operand:
             raise ConfigError(f"--min-operand {self.min_operand} is not between 0 and --max-operand {self.max_operand}")
-        if self.max_factor < 2:
-            raise ConfigError(f"--max-factor {self.max_factor} is below 2")
+        lowest = {"max_factor": 2, "num_train": 1, "num_validation": 1, "solved_examples": 0}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is below {low}")
 
     def draw(self, kind: str, rng: random.Random, *avoid: set) -> dict[str, Any]:
         """A random problem in none of the sets; where there seems to be none, the last sets are given up first.
@@ -71,7 +74,7 @@ class Arithmetic:
         return operands ** len(uses.replace("c", "")) * (self.max_factor - 1) ** uses.count("c") // 8
 
 
-def arithmetic_rows(cfg: Arithmetic, template: str = "{question}") -> dict[str, Iterator[dict[str, Any]]]:
+def make_rows(cfg: Arithmetic, template: str = "{question}") -> dict[str, Iterator[dict[str, Any]]]:
     """Rows of both splits, made as they are read; `solution` is a correct assistant turn for the row.
 
     Validation problems are different from each other and occur in no training row, neither as its problem nor as a
@@ -116,3 +119,23 @@ def arithmetic_rows(cfg: Arithmetic, template: str = "{question}") -> dict[str, 
             yield row(problem, rng)
 
     return {"train": train(), "validation": (row(problem, rng) for problem, rng in held_out.values())}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `prepare_data.py arithmetic`, --seed excepted."""
+    add, default = parser.add_argument, Arithmetic()
+    add("--kinds", default="add", help=f"comma list of {', '.join(KINDS)} (a + b * c); default add")
+    add("--min-operand", type=int, default=default.min_operand, help="default %(default)s")
+    add("--max-operand", type=int, default=default.max_operand, help="default %(default)s")
+    add("--max-factor", type=int, default=default.max_factor, help="second factors are 2 to this; default %(default)s")
+    add("--num-train", type=int, default=default.num_train, help="default %(default)s")
+    add("--num-validation", type=int, default=default.num_validation, help="at most a quarter of the problems")
+    add("--solved-examples", type=int, default=0, help="number of them, as earlier turns of the chat")
+    style = "solutions: the box alone (default), or the working and the box"
+    add("--answer-style", choices=ANSWER_STYLES, default=default.answer_style, help=style)
+
+
+def from_options(args: argparse.Namespace) -> Arithmetic:
+    """The problems that the options ask for. Raises ConfigError for values that make none."""
+    options = {field.name: getattr(args, field.name) for field in fields(Arithmetic)}
+    return Arithmetic(**{**options, "kinds": tuple(args.kinds.split(","))})

@@ -408,13 +408,6 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (--help lists all options)")
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return int(text)
-
-
 def template_text(text: str) -> str:
     """An argparse type: the template itself, or a file with it."""
     template = Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text
@@ -429,15 +422,15 @@ def common_options() -> Parser:
     add = common.add_argument
     add("--output", type=Path, help="folder for the files (default data/NAME)")
     add("--overwrite", action="store_true", help="replace files that are already there")
-    add("--limit", type=positive, help="read only this many rows of each source")
-    add("--num-repeats", type=positive, default=1, help="write every row so often (AIME as often published: 32)")
+    add("--limit", type=int, help="read only this many rows of each source")
+    add("--num-repeats", type=int, default=1, help="write every row so often (AIME as often published: 32)")
     add("--seed", type=int, default=42, help="for arithmetic and --validation-split")
     add("--skip-bad", action="store_true", help="leave out and count bad rows instead of stopping at the first")
     own = "default: the row's own prompt where it has one, else " + json.dumps(MATH_TEMPLATE)
     add("--prompt-template", type=template_text, help="text with {question} in it, or a file with such a text; " + own)
     add("--tokenizer", help="model folder or hub name: measure prompts in tokens, with the chat template")
     limit = "count longer prompts (tokens if --tokenizer, else characters)"
-    add("--max-prompt-length", type=positive, help=limit)
+    add("--max-prompt-length", type=int, help=limit)
     add("--drop-long", action="store_true", help="leave longer prompts out")
     return common
 
@@ -459,6 +452,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if argv and argv[0] not in names.choices and not argv[0].startswith("-"):
         argv = ["file", *argv]
     args = parser.parse_args(argv)
+    for option in ("limit", "num_repeats", "max_prompt_length"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} {getattr(args, option)} is below 1")
     if args.drop_long and args.max_prompt_length is None:
         parser.error("--drop-long needs --max-prompt-length")
     if args.name == "file":

@@ -118,8 +118,6 @@ LAYOUTS = (
 
 def convert(row: Any, template: str | None) -> Row:
     """A row of any known layout as one of ours; ValueError says what is wrong with it."""
-    if isinstance(row, ValueError):
-        raise row
     if isinstance(row, dict):
         row = row.get("task_input", row)  # a materialized row of NeMo Gym
     if not isinstance(row, dict):
@@ -268,6 +266,8 @@ def good_rows(source: Source, bad: list[str]) -> Iterator[tuple[Row, bytes]]:
     """Converted rows and their lines; a bad row ends the run, or goes to `bad`."""
     for place, raw in source.rows:
         try:
+            if isinstance(raw, ValueError):
+                raise raw
             row = convert(raw, source.template)
             yield row, json_line(row)
         except (ValueError, RecursionError) as error:
@@ -391,11 +391,10 @@ def prepare(args: argparse.Namespace) -> None:
         output.mkdir(exist_ok=True)
         for path in sorted(Path(folder).iterdir(), reverse=True):  # train.jsonl last: with it, `make` finds all there
             os.replace(path, output / path.name)
-    for split in splits:
-        sample = writers[split].sample
+    for split, writer in writers.items():
         print(f"{output / split}.jsonl: {json.dumps(metrics[split])}")
-        print(f"  first prompt: {json.dumps(sample['responses_create_params']['input'], ensure_ascii=False)}")
-        print(f"  its answer: {sample['expected_answer']}")
+        print(f"  first prompt: {json.dumps(writer.sample['responses_create_params']['input'], ensure_ascii=False)}")
+        print(f"  its answer: {writer.sample['expected_answer']}")
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -409,7 +408,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def template_text(text: str) -> str:
-    """An argparse type: the template itself, or a file with it."""
+    """The template itself, or the file with it, that the option names."""
     template = Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text
     if "{question}" not in template:
         raise argparse.ArgumentTypeError(f"no {{question}} in {text!r} (and no file of that name has it)")
@@ -418,8 +417,7 @@ def template_text(text: str) -> str:
 
 def common_options() -> Parser:
     """The options of every NAME."""
-    common = Parser(add_help=False)
-    add = common.add_argument
+    add = (common := Parser(add_help=False)).add_argument
     add("--output", type=Path, help="folder for the files (default data/NAME)")
     add("--overwrite", action="store_true", help="replace files that are already there")
     add("--limit", type=int, help="read only this many rows of each source")
@@ -429,8 +427,7 @@ def common_options() -> Parser:
     own = "default: the row's own prompt where it has one, else " + json.dumps(MATH_TEMPLATE)
     add("--prompt-template", type=template_text, help="text with {question} in it, or a file with such a text; " + own)
     add("--tokenizer", help="model folder or hub name: measure prompts in tokens, with the chat template")
-    limit = "count longer prompts (tokens if --tokenizer, else characters)"
-    add("--max-prompt-length", type=int, help=limit)
+    add("--max-prompt-length", type=int, help="count longer prompts (tokens if --tokenizer, else characters)")
     add("--drop-long", action="store_true", help="leave longer prompts out")
     return common
 

@@ -53,9 +53,7 @@ def chat_message(item: Any, field: str) -> dict[str, str]:
     except (KeyError, TypeError):
         role = content = None
     if role not in ("system", "user", "assistant") or not isinstance(content, str):
-        raise ValueError(
-            f"{field} is no message {{role, content: text}} (function calls are not supported): {item!r:.80}"
-        )
+        raise ValueError(f"{field} is no message of role and text, the only kind that is supported: {item!r:.80}")
     return {"role": role, "content": content}
 
 
@@ -75,9 +73,8 @@ class Rows:
         try:
             lines = Path(path).read_bytes().split(b"\n")
         except OSError as e:
-            raise ConfigError(
-                f"cannot read rows from '{path}' ({e.strerror}); make them with prepare_data.py"
-            ) from None
+            message = f"cannot read rows from '{path}' ({e.strerror}); make them with prepare_data.py"
+            raise ConfigError(message) from None
         self.path, self.rows, self.prompt_ids = path, [], []
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -86,8 +83,8 @@ class Rows:
                 row = read_row(json.loads(line))
             except (ValueError, RecursionError) as e:
                 raise ConfigError(f"{path} line {number} is not a row: {e}; see prepare_data.py") from None
-            messages = row["responses_create_params"]["input"]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            chat = row["responses_create_params"]["input"]
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
             if len(ids) >= max_length:
                 raise ConfigError(
                     f"{path} line {number}: the prompt has {len(ids)} tokens, which leaves no room for an answer in "
@@ -103,9 +100,8 @@ class Rows:
         """Steps of a run; each epoch drops its incomplete last batch. Raises ConfigError if not one batch is full."""
         per_epoch = len(self) // prompts_per_step
         if not per_epoch:
-            raise ConfigError(
-                f"{self.path} has {len(self)} rows, fewer than grpo.num_prompts_per_step={prompts_per_step}"
-            )
+            few = f"{self.path} has {len(self)} rows, fewer than grpo.num_prompts_per_step={prompts_per_step}"
+            raise ConfigError(few)
         return min(most, per_epoch * epochs)
 
     def batch(self, step: int, size: int, seed: int, shuffle: bool) -> list[int]:

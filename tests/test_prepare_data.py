@@ -504,7 +504,7 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path):
         load_tokenizer(f"{tmp_path}/none", "--tokenizer")
 
 
-# --- Metrics, files that are there --------------------------------------------------------------------------------------
+# --- Metrics, files that are there ------------------------------------------------------------------------------------
 
 
 def test_metrics(tmp_path):

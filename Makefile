@@ -17,7 +17,7 @@ quickstart: .venv/installed-$(EXTRA) $(RUN)/model data/quickstart/train.jsonl
 	@echo "Metrics and samples: $(RUN)/logs   checkpoints: $(RUN)/checkpoints"
 
 data/quickstart/train.jsonl: | .venv/installed-$(EXTRA)
-	$(BIN)/python prepare_data.py arithmetic --kinds add --max-operand 20 --output data/quickstart
+	$(BIN)/python prepare_data.py arithmetic --kinds add --max-operand 20 --output data/quickstart --overwrite
 
 $(RUN)/model: | data/quickstart/train.jsonl
 	$(BIN)/python recipes/quickstart_model.py --data data/quickstart/train.jsonl --output $@

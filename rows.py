@@ -1,13 +1,69 @@
-"""The problems of a run: rows of a JSONL file as token ids, in an order that depends only on seed and step."""
+"""The problems of a run: rows of a JSONL file as token ids, in an order that depends only on seed and step.
+
+Rows are as NeMo Gym 0.7 and prepare_data.py write them; see the top of prepare_data.py.
+"""
 
 import json
+import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, GenerationConfig
 
 from config import ConfigError
+
+AGENT_REF = {"type": "responses_api_agents", "name": "math_with_judge_simple_agent"}
+
+
+def read_row(row: Any) -> dict[str, Any]:
+    """The row with its prompt as chat messages and its answer as text; a materialized row is in its `task_input`.
+
+    Raises ValueError, which names the field, for what would be left out of the training without a word.
+    """
+    if isinstance(row, dict):
+        row = row.get("task_input", row)
+    if not isinstance(row, dict) or not isinstance(row.get("responses_create_params"), dict):
+        raise ValueError("responses_create_params is missing or no object")
+    params = dict(row["responses_create_params"])
+    for field in ("agent_ref", "task_source"):
+        if row.get(field) and "math_with_judge" not in str(row[field]):
+            raise ValueError(f"{field} is not math_with_judge, for which alone there is a verifier: {row[field]!r}")
+    for field in ("tools", "temperature", "top_p", "max_output_tokens"):
+        if params.get(field) not in (None, []):
+            raise ValueError(f"responses_create_params.{field} of a single row is not supported")
+    prompt = params.get("input")
+    items = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    items = items if isinstance(items, list) else []
+    messages = [chat_message(item, f"responses_create_params.input[{i}]") for i, item in enumerate(items)]
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError("responses_create_params.input is no chat that ends with the user's turn")
+    if instructions := params.pop("instructions", None):
+        messages.insert(0, {"role": "system", "content": str(instructions)})
+    answer = answer_text(row.get("expected_answer"))
+    return {**row, "responses_create_params": {**params, "input": messages}, "expected_answer": answer}
+
+
+def chat_message(item: Any, field: str) -> dict[str, str]:
+    """An item of `input` as a chat message. Raises ValueError for other items, such as function calls or images."""
+    try:
+        role, content = item["role"], item["content"]
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content)
+    except (KeyError, TypeError):
+        role = content = None
+    if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        raise ValueError(f"{field} is no message of role and text, the only kind that is supported: {item!r:.80}")
+    return {"role": role, "content": content}
+
+
+def answer_text(value: Any) -> str:
+    """An answer as text: 4 for 4.0. Raises ValueError if it is empty, infinite, or neither text nor number."""
+    if type(value) in (int, float, Decimal) and abs(value) < math.inf:
+        return str(int(value) if value == int(value) else value)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    raise ValueError(f"expected_answer is empty or neither text nor number: {value!r}")
 
 
 class Rows:
@@ -15,23 +71,20 @@ class Rows:
 
     def __init__(self, path: str, tokenizer: Any, max_length: int):
         try:
-            lines = Path(path).read_text().splitlines()
+            lines = Path(path).read_bytes().split(b"\n")
         except OSError as e:
-            raise ConfigError(
-                f"cannot read rows from '{path}' ({e.strerror}); make them with prepare_data.py"
-            ) from None
+            message = f"cannot read rows from '{path}' ({e.strerror}); make them with prepare_data.py"
+            raise ConfigError(message) from None
         self.path, self.rows, self.prompt_ids = path, [], []
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line)
-                messages, _ = row["responses_create_params"]["input"], row["expected_answer"]
-            except (ValueError, KeyError, TypeError) as e:
-                raise ConfigError(
-                    f"{path} line {number} is not a row ({type(e).__name__}: {e}); see prepare_data.py"
-                ) from None
-            if isinstance(messages, str):
-                messages = [{"role": "user", "content": messages}]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+                row = read_row(json.loads(line))
+            except (ValueError, RecursionError) as e:
+                raise ConfigError(f"{path} line {number} is not a row: {e}; see prepare_data.py") from None
+            chat = row["responses_create_params"]["input"]
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
             if len(ids) >= max_length:
                 raise ConfigError(
                     f"{path} line {number}: the prompt has {len(ids)} tokens, which leaves no room for an answer in "
@@ -47,9 +100,8 @@ class Rows:
         """Steps of a run; each epoch drops its incomplete last batch. Raises ConfigError if not one batch is full."""
         per_epoch = len(self) // prompts_per_step
         if not per_epoch:
-            raise ConfigError(
-                f"{self.path} has {len(self)} rows, fewer than grpo.num_prompts_per_step={prompts_per_step}"
-            )
+            few = f"{self.path} has {len(self)} rows, fewer than grpo.num_prompts_per_step={prompts_per_step}"
+            raise ConfigError(few)
         return min(most, per_epoch * epochs)
 
     def batch(self, step: int, size: int, seed: int, shuffle: bool) -> list[int]:
@@ -59,20 +111,24 @@ class Rows:
         return order[position * size : (position + 1) * size].tolist()
 
 
-def load_tokenizer(model_name: str) -> Any:
+def load_tokenizer(model_name: str, option: str = "policy.model_name") -> Any:
     """The tokenizer of a Hugging Face folder or name. Raises ConfigError if it cannot format a chat."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name)
     except (OSError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise ConfigError(f"cannot load policy.model_name='{model_name}': {reason}") from None
+        raise ConfigError(f"cannot load {option}='{model_name}': {reason}") from None
     if not tokenizer.chat_template:
-        raise ConfigError(f"policy.model_name='{model_name}' has no chat template; use an instruction-tuned model")
+        raise ConfigError(f"{option}='{model_name}' has no chat template; use an instruction-tuned model")
     return tokenizer
 
 
 def end_of_sequence_ids(model_name: str, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: the tokenizer's, and those of the model's generation configuration."""
+    from transformers import GenerationConfig
+
     ids = {tokenizer.eos_token_id}
     try:
         configured = GenerationConfig.from_pretrained(model_name).eos_token_id

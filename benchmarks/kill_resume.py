@@ -31,7 +31,7 @@ DEADLINE_S = 300.0
 def prepare(folder: Path) -> None:
     """Rows and a model that is right one time in three."""
     data = [sys.executable, str(ROOT / "prepare_data.py"), "arithmetic", "--kinds", "add", "--max-operand", "6"]
-    subprocess.run([*data, "--num-train", "512", "--output", str(folder / "rows")], check=True)
+    subprocess.run([*data, "--num-train", "512", "--output", str(folder / "rows"), "--overwrite"], check=True)
     if not (folder / "model").exists():
         model = [sys.executable, str(ROOT / "recipes" / "quickstart_model.py"), "--output", str(folder / "model")]
         subprocess.run([*model, "--data", str(folder / "rows" / "train.jsonl")], check=True)

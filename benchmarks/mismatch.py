@@ -21,7 +21,7 @@ from config import load_config  # noqa: E402
 from launch import StopRequests, start_ray  # noqa: E402
 from model import Sequences  # noqa: E402
 from policy import Policy  # noqa: E402
-from prepare_data import Arithmetic, arithmetic_rows  # noqa: E402
+from recipes.arithmetic import Arithmetic, make_rows  # noqa: E402
 from rollout import RolloutEngines  # noqa: E402
 from rows import end_of_sequence_ids, load_tokenizer  # noqa: E402
 
@@ -34,7 +34,7 @@ def prompts(model: str, count: int) -> list[list[int]]:
         ("add", "mul", "add_mul"), 10, 99, num_train=count, num_validation=3, solved_examples=3, answer_style="worked"
     )
     tokenizer = load_tokenizer(model)
-    chats = [row["responses_create_params"]["input"] for row in arithmetic_rows(problems)["train"]]
+    chats = [row["responses_create_params"]["input"] for row in make_rows(problems)["train"]]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
     return [tokenizer.apply_chat_template(chat, **options) for chat in chats]
 

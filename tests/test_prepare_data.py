@@ -1,5 +1,6 @@
 """Tests of prepare_data.py. They run the script as users do; torch, Ray and the network are not needed."""
 
+import datetime
 import functools
 import hashlib
 import json
@@ -13,10 +14,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT, FIXTURES, SHARED = ROOT / "prepare_data.py", ROOT / "tests" / "data", ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 import prepare_data  # noqa: E402
+from config import ConfigError  # noqa: E402
 from prepare_data import DAPO_TEMPLATE, MATH_TEMPLATE  # noqa: E402
+from recipes import arithmetic  # noqa: E402
+from rows import Rows, load_tokenizer  # noqa: E402
 
 AGENT = {"type": "responses_api_agents", "name": "math_with_judge_simple_agent"}
 
@@ -51,7 +58,7 @@ def convert(tmp_path, *args, **kwargs):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 def write(path, rows):
@@ -94,6 +101,12 @@ LAYOUTS = {
 }
 
 
+def worked_solution(answer):
+    """The solution of a row of GSM8K."""
+    working, _, number = re.sub("<<.*?>>", "", answer).rpartition("\n#### ")
+    return f"{working}\n\\boxed{{{number.replace(',', '')}}}"
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_question_columns_get_the_template(tmp_path, name):
     answers, column, extra = LAYOUTS[name]
@@ -106,12 +119,12 @@ def test_question_columns_get_the_template(tmp_path, name):
             "expected_answer": row["expected_answer"],
             "agent_ref": AGENT,
         }
-        assert row == fixed | {key: old[key] for key in extra}
+        solution = {"solution": worked_solution(old["answer"])} if name == "rows_gsm8k.jsonl" else {}
+        assert row == fixed | {key: old[key] for key in extra} | solution
 
 
 def test_dapo_rows_keep_their_prompt_and_give_the_bare_problem(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    source = parquet.read_table(FIXTURES / "rows_dapo.parquet").to_pylist()
+    source = pyarrow.parquet.read_table(FIXTURES / "rows_dapo.parquet").to_pylist()
     rows = read(convert(tmp_path, FIXTURES / "rows_dapo.parquet") / "train.jsonl")
     assert [row["expected_answer"] for row in rows] == ["540", "204", "540", "721"]
     for old, row in zip(source, rows, strict=True):
@@ -134,24 +147,92 @@ def test_nemo_gym_rows_pass_through_and_lose_old_scores(tmp_path):
     ]
     rollout = read(FIXTURES / "rows_nemo_gym_rollout.jsonl")[0]
     (row,) = read(convert(tmp_path / "rollout", FIXTURES / "rows_nemo_gym_rollout.jsonl") / "train.jsonl")
+    content = rollout["responses_create_params"]["input"][0]["content"]
+    params = rollout["responses_create_params"] | {"input": [{"role": "user", "content": content}]}
+    del params["instructions"]  # which are null
     assert row == {
-        "responses_create_params": rollout["responses_create_params"],
-        "question": source_question(rollout),
+        "responses_create_params": params,
+        "question": content.split("\n\n", 1)[1],
         "expected_answer": "\\(\\frac{333}{1997}\\)",
         "agent_ref": AGENT,
     }
 
 
-def source_question(row):
-    return row["responses_create_params"]["input"][0]["content"].split("\n\n", 1)[1]
+def gym(**params):
+    """A row as NeMo Gym writes it."""
+    params = {"input": "2+2?"} | params
+    return {"responses_create_params": params, "expected_answer": "4", "task_source": "math_with_judge_simple_agent"}
 
 
-def test_own_output_and_own_agent_are_left_as_they_are(tmp_path):
+def test_rows_of_nemo_gym_0_7(tmp_path):
+    parts = [{"type": "input_text", "text": "2+"}, {"type": "input_text", "text": "2?"}]
+    rows = [
+        gym(instructions="Be brief.", tools=[], temperature=None),
+        gym(input=[{"role": "user", "content": parts, "type": "message"}]),
+        {"task_id": {"taskset": "a", "task_id": "1"}, "task_input": gym() | {"expected_answer": 4}},
+    ]
+    source = write(tmp_path / "gym.jsonl", rows)
+    made = read(convert(tmp_path, source) / "train.jsonl")
+    user = {"role": "user", "content": "2+2?"}
+    chats = [[{"role": "system", "content": "Be brief."}, user], [user], [user]]
+    assert [row["responses_create_params"]["input"] for row in made] == chats
+    for row in made:
+        assert (row["question"], row["expected_answer"]) == ("2+2?", "4")
+        assert (row["task_source"], row["agent_ref"]) == ("math_with_judge_simple_agent", AGENT)
+    tokenizer = SimpleNamespace(apply_chat_template=lambda chat, **_: [len(m["content"]) for m in chat])
+    for path in (source, tmp_path / "out/train.jsonl"):  # the trainer reads them alike
+        trained = Rows(str(path), tokenizer, 9)
+        assert trained.prompt_ids == [[9, 4], [4], [4]]
+        assert [row["expected_answer"] for row in trained.rows] == ["4"] * 3
+
+
+CALL = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
+UNSUPPORTED = {
+    "tools": gym(tools=[{"type": "function", "name": "f"}]),
+    "temperature": gym(temperature=0),
+    "top_p": gym(top_p=0.9),
+    "max_output_tokens": gym(max_output_tokens=100),
+    "input[1]": gym(input=[{"role": "user", "content": "a"}, CALL]),
+    "input[0]": gym(input=[{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]),
+    "agent_ref": gym() | {"agent_ref": {"type": "responses_api_agents", "name": "mcqa_simple_agent"}},
+    "task_source": gym() | {"task_source": "mcqa_simple_agent"},
+    "expected_answer": gym() | {"expected_answer": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_what_the_trainer_cannot_do_is_an_error_in_both_readers(tmp_path, field):
+    source = write(tmp_path / "gym.jsonl", [gym(), UNSUPPORTED[field]])
+    error = refused(tmp_path, source)
+    assert f"{source}:2: " in error
+    assert field in error
+    tokenizer = SimpleNamespace(apply_chat_template=lambda chat, **_: [1])
+    with pytest.raises(ConfigError, match=f"^{source} line 2 is not a row: .*{re.escape(field)}"):
+        Rows(str(source), tokenizer, 9)
+
+
+def test_own_output_is_left_as_it_is(tmp_path):
     first = convert(tmp_path, FIXTURES / "rows_gsm8k.jsonl") / "train.jsonl"
     assert (convert(tmp_path / "again", first) / "train.jsonl").read_bytes() == first.read_bytes()
-    agent = {"type": "responses_api_agents", "name": "another"}
+    agent = {"type": "responses_api_agents", "name": "my_math_with_judge"}
     own = write(tmp_path / "own.jsonl", [{"question": "1+1?", "expected_answer": 2, "agent_ref": agent}])
     assert read(convert(tmp_path / "own", own) / "train.jsonl")[0]["agent_ref"] == agent
+
+
+def test_columns_nobody_asked_for_cost_no_rows(tmp_path):
+    rows = [{"question": "a", "answer": "1", "score": float("inf"), "parts": [float("nan"), 2]}]
+    (row,) = read(convert(tmp_path, write(tmp_path / "a.jsonl", rows)) / "train.jsonl")
+    assert (row["score"], row["parts"]) == (None, [None, 2])
+    columns = {
+        "problem": ["a", "b"],
+        "answer": [Decimal("4.00"), Decimal("0.50")],
+        "loss": [float("inf"), 1.5],
+        "day": [datetime.date(2026, 1, 2)] * 2,
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    made = read(convert(tmp_path / "parquet", tmp_path / "a.parquet") / "train.jsonl")
+    assert [row["expected_answer"] for row in made] == ["4", "0.50"]
+    assert [(row["loss"], row["day"]) for row in made] == [(None, "2026-01-02"), (1.5, "2026-01-02")]
 
 
 def test_answers_of_every_good_kind(tmp_path):
@@ -312,11 +393,25 @@ def test_tiny_problem_spaces(tmp_path):
 
 
 def test_arithmetic_from_python():
-    cfg = prepare_data.Arithmetic(kinds=("mul",), num_train=4, num_validation=2, max_operand=99)
-    made = prepare_data.arithmetic_rows(cfg, "{question} Box it.")
+    cfg = arithmetic.Arithmetic(kinds=("mul",), num_train=4, num_validation=2, max_operand=99)
+    made = arithmetic.make_rows(cfg, "{question} Box it.")
     train, validation = list(made["train"]), list(made["validation"])
     assert (len(train), len(validation)) == (4, 2)
     assert train[0]["responses_create_params"]["input"][0]["content"] == train[0]["question"] + " Box it."
+
+
+@pytest.mark.parametrize(
+    ("options", "train", "validation"),
+    [
+        (("--kinds", "add", "--max-operand", 20), "5e354a776e401413", "d7a75a7b6674532a"),
+        ((*STYLE_B[1:7], "--max-factor", 9, *STYLE_B[7:]), "6f930a1217cfc8e7", "a49f1e08d27821e7"),
+    ],
+    ids=["quickstart", "smollm2"],
+)
+def test_rows_behind_published_numbers_do_not_change(tmp_path, options, train, validation):
+    out = convert(tmp_path, "arithmetic", *options)
+    digests = [hashlib.sha256((out / f"{split}.jsonl").read_bytes()).hexdigest()[:16] for split in prepare_data.SPLITS]
+    assert digests == [train, validation]
 
 
 # --- Options ----------------------------------------------------------------------------------------------------------
@@ -363,8 +458,6 @@ def test_two_runs_make_one_folder(tmp_path):
     convert(tmp_path, FIXTURES / "rows_gsm8k.jsonl")
     out = convert(tmp_path, FIXTURES / "rows_dapo.parquet", "--validation-split", 1)
     assert (len(read(out / "train.jsonl")), len(read(out / "validation.jsonl"))) == (4, 4)
-    for name, options in (("rows_gsm8k.jsonl", ()), ("rows_dapo.parquet", ("--validation-split", 1))):
-        assert "already there" in run(FIXTURES / name, *options, "--output", out)[1]
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -383,17 +476,14 @@ def test_long_prompts_are_reported_and_dropped_only_on_request(tmp_path):
     options = ("--prompt-template", "{question}", "--max-prompt-length", "5")
     code, printed, _ = run(source, *options, "--output", tmp_path / "kept")
     assert code == 0
-    assert "1 prompts are longer than 5 (--drop-long drops them)" in printed
+    assert '"too_long": 1' in printed
     assert [len(row["question"]) for row in read(tmp_path / "kept/train.jsonl")] == [1, 5, 9]
     code, printed, _ = run(source, *options, "--drop-long", "--output", tmp_path / "dropped")
-    assert "1 prompts are longer than 5 and were dropped" in printed
     assert [len(row["question"]) for row in read(tmp_path / "dropped/train.jsonl")] == [1, 5]
 
 
 @pytest.mark.slow
 def test_tokenizer(tmp_path):
-    pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     template = "{% for m in messages %} {{ m.role }} : {{ m.content }} {% endfor %} assistant :"
@@ -407,33 +497,21 @@ def test_tokenizer(tmp_path):
     metrics = json.loads((out / "train_metrics.json").read_text())
     assert (metrics["too_long"], metrics["rows"]) == (1, 1)  # user : a b c assistant : is 7 tokens, user : a ... is 5
     assert metrics["prompt_tokens"]["max"] == metrics["prompt_tokens"]["min"] == 5
-    assert metrics["prompt_characters"]["max"] == 1
 
 
-def test_tokenizer_that_cannot_be_loaded(tmp_path, monkeypatch):
-    def from_pretrained(name):
-        raise OSError(f"nothing in {name}\nand more")
-
-    stub = SimpleNamespace(AutoTokenizer=SimpleNamespace(from_pretrained=from_pretrained))
-    monkeypatch.setitem(sys.modules, "transformers", stub)
-    with pytest.raises(prepare_data.DataError, match=f"^--tokenizer {tmp_path}: nothing in {tmp_path}; .*$"):
-        prepare_data.load_tokenizer(str(tmp_path))
+def test_tokenizer_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(ConfigError, match=f"^cannot load --tokenizer='{tmp_path}/none': [^\n]*$"):
+        load_tokenizer(f"{tmp_path}/none", "--tokenizer")
 
 
-# --- Metrics, repeated runs, conflicts --------------------------------------------------------------------------------
+# --- Metrics, files that are there ------------------------------------------------------------------------------------
 
 
 def test_metrics(tmp_path):
     rows = [{"question": "x" * n, "answer": a} for n, a in ((3, "1"), (10, "2"), (10, "2"), (24, "1"))]
     out = convert(tmp_path, write(tmp_path / "q.jsonl", rows), "--prompt-template", "{question}")
     metrics = json.loads((out / "train_metrics.json").read_text())
-    made_with, digest = metrics.pop("made_with"), metrics.pop("sha256")
-    assert made_with["options"] == {
-        "name": str(tmp_path / "q.jsonl"),
-        "num_repeats": 1,
-        "seed": 42,
-        "prompt_template": "{question}",
-    }
+    digest = metrics.pop("sha256")
     assert digest == hashlib.sha256((out / "train.jsonl").read_bytes()).hexdigest()
     assert metrics == {
         "rows": 4,
@@ -441,7 +519,6 @@ def test_metrics(tmp_path):
         "duplicates_dropped": 0,
         "bad_skipped": 0,
         "too_long": 0,
-        "bytes": (out / "train.jsonl").stat().st_size,
         "distinct_answers": 2,
         "prompt_characters": {
             "min": 3,
@@ -450,10 +527,7 @@ def test_metrics(tmp_path):
             "median": 10,
             "histogram": {"edges": [3, 6, 9, 12, 15, 18, 21, 24, 27], "counts": [1, 0, 2, 0, 0, 0, 0, 1]},
         },
-        "max_prompt_length": None,
-        "too_long_dropped": False,
         "split": "train",
-        "splits": ["train"],
     }
 
 
@@ -469,46 +543,19 @@ def test_length_statistics(lengths):
     assert sum(counts) == len(lengths)
 
 
-def test_second_run_leaves_everything_and_repairs_a_cut_file(tmp_path):
+def test_files_that_are_there_are_replaced_only_when_told_to(tmp_path):
     out = convert(tmp_path, *STYLE_A)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
-    code, printed, _ = run(*STYLE_A, "--output", out)
-    assert code == 0
-    assert "already there" in printed
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
-    whole = (out / "train.jsonl").read_bytes()
-    (out / "train.jsonl").write_bytes(whole[:1000])
-    assert run(*STYLE_A, "--output", out)[0] == 0
-    assert (out / "train.jsonl").read_bytes() == whole
-    (out / "validation.jsonl").unlink()
-    assert run(*STYLE_A, "--output", out)[0] == 0
-    assert (out / "validation.jsonl").read_bytes() == before[out / "validation.jsonl"][1]
-
-
-def test_conflict_names_both_and_changes_nothing(tmp_path):
-    out = convert(tmp_path, FIXTURES / "rows_gsm8k.jsonl")
-    before = (out / "train.jsonl").read_bytes()
-    code, _, error = run(FIXTURES / "rows_gsm8k.jsonl", "--limit", 2, "--output", out)
-    assert code == 2
-    assert error.count("\n") == 1
-    assert (
-        f"{out}/train_metrics.json conflicts with {out}/train_metrics_conflict.json, just made (rows: 4 there, 2 now)"
-        in error
+    code, printed, error = run(*STYLE_A, "--seed", 7, "--output", out)
+    assert (code, printed) == (2, "")
+    assert error == (
+        f"prepare_data.py: error: {out}/train.jsonl is already there; replace it with --overwrite, or choose another "
+        "--output\n"
     )
-    assert (out / "train.jsonl").read_bytes() == before
-    assert json.loads((out / "train_metrics_conflict.json").read_text())["rows"] == 2
-    assert run(FIXTURES / "rows_gsm8k.jsonl", "--limit", 2, "--output", out, "--overwrite")[0] == 0
-    assert sorted(path.name for path in out.iterdir()) == ["train.jsonl", "train_metrics.json"]
-    assert len(read(out / "train.jsonl")) == 2
-
-
-def test_somebody_elses_file_is_not_replaced(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/train.jsonl").write_text("mine")
-    code, _, error = run(*STYLE_A, "--output", tmp_path / "out")
-    assert code == 2
-    assert "it may be your own" in error
-    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
+    assert run(*STYLE_A, "--seed", 7, "--output", out, "--overwrite")[0] == 0
+    assert {path.name for path in out.iterdir()} == {path.name for path in before}
+    assert all(path.read_bytes() != before[path][1] for path in before)
 
 
 def test_default_output_folder(tmp_path):
@@ -520,7 +567,7 @@ def test_default_output_folder(tmp_path):
 
 def test_the_report_shows_a_row(tmp_path):
     _, printed, _ = run(FIXTURES / "rows_aime25.jsonl", "--output", tmp_path / "out")
-    assert f"{tmp_path / 'out/train.jsonl'}: 2 rows, 2 distinct answers" in printed
+    assert f'{tmp_path / "out/train.jsonl"}: {{"rows": 2, ' in printed
     assert 'first prompt: [{"role": "user", "content": "Solve the following math problem.' in printed
     assert "its answer: 70" in printed
 
@@ -532,13 +579,13 @@ def test_a_killed_run_leaves_no_half_file(tmp_path, sent):
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=heed)
     until = time.monotonic() + 10
-    while not list(out.glob(".tmp_*/train.jsonl")) and time.monotonic() < until:
+    while not list(tmp_path.glob(".tmp_*/train.jsonl")) and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(sent)
     process.communicate(timeout=10)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
-    assert not (out / "train.jsonl").exists()
-    assert sent == signal.SIGKILL or not out.exists()
+    assert not out.exists()
+    assert sent == signal.SIGKILL or [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
@@ -548,26 +595,30 @@ BAD_LINES = {
     "not an object": (b"[1]", "it is no JSON object"),
     "not utf-8": (b'{"question": "\xff", "answer": "1"}', "it is no JSON"),
     "half a surrogate": (b'{"question": "\\ud800", "answer": "1"}', "surrogates not allowed"),
-    "nan": (b'{"question": "a", "answer": "1", "score": NaN}', "not JSON compliant"),
-    "nan answer": (b'{"question": "a", "answer": NaN}', "its answer is empty or neither text nor number: nan"),
+    "nan answer": (b'{"question": "a", "answer": NaN}', "expected_answer is empty or neither text nor number: nan"),
+    "infinite answer": (b'{"question": "a", "answer": Infinity}', "expected_answer is empty or neither"),
     "too deep": (b'{"question": ' + b"[" * 100_000, "it is no JSON"),
     "no answer": (b'{"question": "a"}', "its columns (question) are not "),
-    "empty answer": (b'{"question": "a", "answer": " "}', "its answer is empty"),
-    "null answer": (b'{"question": "a", "answer": null}', "its answer is empty"),
-    "true": (b'{"question": "a", "answer": true}', "its answer is empty or neither text nor number: True"),
-    "empty question": (b'{"question": "", "answer": "1"}', "its question is empty"),
+    "empty answer": (b'{"question": "a", "answer": " "}', "expected_answer is empty"),
+    "null answer": (b'{"question": "a", "answer": null}', "expected_answer is empty"),
+    "true": (b'{"question": "a", "answer": true}', "expected_answer is empty or neither text nor number: True"),
+    "empty question": (b'{"question": " ", "answer": "1"}', "its question is empty"),
+    "question of numbers": (b'{"question": 5, "answer": "1"}', "no chat that ends with the user's turn"),
     "gsm8k without mark": (b'{"question": "a", "answer": "b\\nc"}', "no '#### N' line"),
     "no box": (b'{"problem": "a", "solution": "\\\\boxed{1"}', "no \\boxed{...} answer"),
     "no ground truth": (b'{"prompt": [{"role": "user", "content": "a"}], "reward_model": {}}', "'ground_truth'"),
-    "no messages": (b'{"prompt": [], "reward_model": {"ground_truth": "1"}}', "its "),
-    "messages of numbers": (b'{"prompt": [1], "reward_model": {"ground_truth": "1"}}', "not built as expected"),
+    "no messages": (b'{"prompt": [], "reward_model": {"ground_truth": "1"}}', "no chat that ends"),
+    "messages of numbers": (b'{"prompt": [1], "reward_model": {"ground_truth": "1"}}', "input[0] is no message"),
     "assistant last": (
         b'{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],'
         b' "reward_model": {"ground_truth": "1"}}',
         "ends with the user's turn",
     ),
-    "gym without input": (b'{"responses_create_params": {}, "expected_answer": "1"}', "not built as expected"),
-    "gym with null": (b'{"responses_create_params": null, "expected_answer": "1"}', "not built as expected"),
+    "gym without input": (b'{"responses_create_params": {}, "expected_answer": "1"}', "input is no chat"),
+    "gym with null": (
+        b'{"responses_create_params": null, "expected_answer": "1"}',
+        "responses_create_params is missing or no object",
+    ),
 }
 
 
@@ -597,7 +648,7 @@ def test_bad_lines_are_counted_with_skip_bad(tmp_path):
 
 
 def test_empty_answer_in_published_data(tmp_path):
-    assert "rows_math_train.jsonl:3: its answer is empty" in refused(tmp_path, FIXTURES / "rows_math_train.jsonl")
+    assert "rows_math_train.jsonl:3: expected_answer is empty" in refused(tmp_path, FIXTURES / "rows_math_train.jsonl")
     rows = read(convert(tmp_path, FIXTURES / "rows_math_train.jsonl", "--skip-bad") / "train.jsonl")
     assert [row["expected_answer"] for row in rows] == ["16", "180\\text{ miles}", "2"]
 
@@ -606,7 +657,7 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     assert "no rows are left for train.jsonl" in refused(tmp_path, tmp_path / "empty.jsonl")
     (tmp_path / "bad.jsonl").write_text("x\n")
-    assert "1 were bad, the first: " in refused(tmp_path, tmp_path / "bad.jsonl", "--skip-bad")
+    assert "1 bad rows were skipped, the first: " in refused(tmp_path, tmp_path / "bad.jsonl", "--skip-bad")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
     assert "broken.parquet: no readable Parquet" in refused(tmp_path, tmp_path / "broken.parquet")
     (tmp_path / "t.csv").touch()
@@ -619,24 +670,23 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 BAD_OPTIONS = {
-    (
-        "gsm",
-    ): "neither a known data set (dapo17k, aime24, gsm8k, math, arithmetic) nor a file here; did you mean gsm8k?",
+    ("gsm",): "gsm is neither a known data set (dapo17k, gsm8k, math, aime24, ",
     ("missing.jsonl",): "missing.jsonl is neither",
-    (): "the following arguments are required: NAME",
+    (): "argument NAME: invalid choice",  # the test gives --output alone
     ("arithmetic", "--kinds", "add,div"): "unknown kind 'div', known are add, sub, mul, add_mul",
     ("arithmetic", "--kinds", ""): "unknown kind ''",
     ("arithmetic", "--max-operand", "x"): "invalid int value: 'x'",
-    ("arithmetic", "--num-train", "0"): "0 is not between 1 and inf",
-    ("arithmetic", "--min-operand", "30"): "--min-operand is above --max-operand",
-    ("arithmetic", "--dedup"): "--dedup is for local data, which arithmetic is not",
-    ("arithmetic", "--full"): "--full is for dapo17k and aime24",
-    ("gsm8k", "--kinds", "add"): "--kinds is for arithmetic data, which gsm8k is not",
-    ("gsm8k", "--validation-split", "1.5"): "1.5 is not between 0 and 1",
+    ("arithmetic", "--num-train", "0"): "--num-train 0 is below 1",
+    ("arithmetic", "--max-factor", "1"): "--max-factor 1 is below 2",
+    ("arithmetic", "--limit", "0"): "--limit 0 is below 1",
+    ("arithmetic", "--min-operand", "30"): "--min-operand 30 is not between 0 and --max-operand 20",
+    ("arithmetic", "--dedup"): "unrecognized arguments: --dedup",
+    ("arithmetic", "--full"): "unrecognized arguments: --full",
+    ("gsm8k", "--kinds", "add"): "unrecognized arguments: --kinds add",
+    (FIXTURES / "rows_gsm8k.jsonl", "--validation-split", "1.5"): "1.5 is not between 0 and 1",
     ("arithmetic", "--prompt-template", "no field"): "no {question} in 'no field'",
     ("arithmetic", "--drop-long"): "--drop-long needs --max-prompt-length",
     (SCRIPT,): "must end in .jsonl or .parquet",
-    ("arithmetic", "--nonsense"): "unrecognized arguments: --nonsense",
 }
 
 
@@ -648,7 +698,10 @@ def test_bad_options(tmp_path, options):
 def test_help():
     code, printed, _ = run("--help")
     assert code == 0
-    assert all(option in printed for option in ("--skip-bad", "--num-repeats", "--solved-examples", "dapo17k"))
+    assert all(name in printed for name in (*prepare_data.HUB_SETS, "arithmetic", "file"))
+    code, printed, _ = run("arithmetic", "--help")
+    assert code == 0
+    assert all(option in printed for option in ("--skip-bad", "--num-repeats", "--solved-examples"))
 
 
 # --- The hub, without one ---------------------------------------------------------------------------------------------
@@ -663,7 +716,6 @@ def silent_server():
 
 @pytest.mark.slow
 def test_hub_out_of_reach_is_one_line_within_seconds(tmp_path, silent_server):
-    pytest.importorskip("datasets")
     for env in ({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": silent_server}):
         start = time.monotonic()
         error = refused(tmp_path, "dapo17k", env={"HF_HOME": str(tmp_path / "hf"), **env}, cwd=tmp_path)
@@ -675,7 +727,6 @@ def test_hub_out_of_reach_is_one_line_within_seconds(tmp_path, silent_server):
 @pytest.mark.slow
 def test_hub_names_through_the_real_datasets_library(tmp_path):
     """`datasets` takes a folder of the repository's name for the repository: the whole way but for the download."""
-    pytest.importorskip("datasets")
     for repo in ("YouJiacheng/DAPO-Math-17k-dedup", "BytedTsinghua-SIA/DAPO-Math-17k", "BytedTsinghua-SIA/AIME-2024"):
         (tmp_path / repo).mkdir(parents=True)
         shutil.copy(FIXTURES / "rows_dapo.parquet", tmp_path / repo / "train.parquet")
@@ -695,12 +746,13 @@ def test_hub_names_through_the_real_datasets_library(tmp_path):
 
 
 @pytest.mark.slow
-def test_gsm8k_and_math_from_the_hub(tmp_path):
-    pytest.importorskip("datasets")
+def test_the_other_hub_names(tmp_path):
     solutions = ["so \\boxed{2}", "", "\\fbox{3}", "is $\\boxed 4$."]  # as in MATH, where two solutions are empty
     files = {
         "DigitalLearningGmbH/MATH-lighteval/train.jsonl": [{"problem": f"p{s}", "solution": s} for s in solutions],
         "HuggingFaceH4/MATH-500/test.jsonl": read(FIXTURES / "rows_math500.jsonl"),
+        "math-ai/aime25/test.jsonl": read(FIXTURES / "rows_aime25.jsonl"),
+        "math-ai/amc23/test.jsonl": [{"id": 0, "question": "q", "answer": "27.0", "url": "u"}],
         "openai/gsm8k/main/train.jsonl": read(FIXTURES / "rows_gsm8k.jsonl"),
         "openai/gsm8k/main/test.jsonl": read(FIXTURES / "rows_gsm8k.jsonl")[:1],
     }
@@ -712,14 +764,17 @@ def test_gsm8k_and_math_from_the_hub(tmp_path):
     (tmp_path / "openai/gsm8k/README.md").write_text(card)
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     answers = {}
-    for name in ("math", "gsm8k"):
+    for name in ("math", "gsm8k", "aime25", "math500", "amc23"):
         out = convert(tmp_path / name, name, cwd=tmp_path, env=env)
-        answers |= {(name, s): [r["expected_answer"] for r in read(out / f"{s}.jsonl")] for s in prepare_data.SPLITS}
+        answers |= {(name, p.stem): [r["expected_answer"] for r in read(p)] for p in out.glob("*.jsonl")}
     assert answers == {
         ("math", "train"): ["2", "3", "4"],
         ("math", "validation"): LAYOUTS["rows_math500.jsonl"][0],
         ("gsm8k", "train"): ["72", "10", "5", "2125"],
         ("gsm8k", "validation"): ["72"],
+        ("aime25", "validation"): ["70", "588"],
+        ("math500", "validation"): LAYOUTS["rows_math500.jsonl"][0],
+        ("amc23", "validation"): ["27.0"],
     }
 
 
@@ -727,7 +782,7 @@ def test_gsm8k_and_math_from_the_hub(tmp_path):
 
 
 def test_import_needs_no_heavy_package():
-    heavy = {"torch", "ray", "transformers", "datasets", "pyarrow", "numpy", "vllm"}
+    heavy = {"torch", "ray", "transformers", "datasets", "pyarrow", "vllm"}
     code = f"import sys, prepare_data; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,1 @@
+"""A package, so that `from recipes import arithmetic` cannot find the `recipes` of torchtune."""

@@ -34,7 +34,8 @@ os.environ["SYMPY_GROUND_TYPES"] = "python"
 from hostile_answers import HOSTILE, box, code_answers  # noqa: E402
 
 import math_verifier  # noqa: E402
-from reward_server import UnparsableGold, verify  # noqa: E402
+from math_verifier import UnparsableGold  # noqa: E402
+from reward_server import verify  # noqa: E402
 
 VARIANTS = ROOT.parent / "shared" / "data" / "verifier" / "variants.jsonl"
 CORES = sorted(os.sched_getaffinity(0))

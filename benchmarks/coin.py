@@ -1,4 +1,4 @@
-"""A verifier that tosses coins, for benchmarks in which nothing is to be learnt: `--verifier benchmarks/coin.py:coin`."""
+"""Toss coins, for benchmarks in which nothing is to be learnt: `--verifier benchmarks/coin.py:coin`."""
 
 import zlib
 

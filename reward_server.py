@@ -65,15 +65,15 @@ CACHE_SIZE = 50_000
 
 def exact_verdict(text: str, expected_answer: str, lenient: bool = False) -> Verdict | tuple[str, str]:
     """The verdict if it takes no algebra, else (gold, answer) for a worker. Microseconds, safe on an event loop."""
-    gold = expected_answer.strip()
+    gold, answer = expected_answer.strip(), None
     if not gold:
         return Verdict(0.0, "unparsable_gold", reason="expected_answer is empty")
-    answer = math_verifier.extract_answer(text, lenient=lenient)
-    if not answer:
-        return Verdict(0.0, "no_answer")
-    if "\\boxed" in gold:  # golds are used as they are; only a whole solution with a box in it is reduced to the box
-        gold = math_verifier.extract_answer(gold) or gold
     try:
+        answer = math_verifier.extract_answer(text, lenient=lenient)
+        if not answer:
+            return Verdict(0.0, "no_answer")
+        if "\\boxed" in gold:  # golds are used as they are; only a whole solution with a box is reduced to the box
+            gold = math_verifier.extract_answer(gold) or gold
         equal = math_verifier.compare(gold, answer)
     except math_verifier.UnparsableGold:
         return Verdict(0.0, "unparsable_gold", answer, "expected_answer cannot be read")
@@ -119,8 +119,7 @@ GymResponse = struct("GymResponse", [("output", list[Output])])
 GymRequest = struct("GymRequest", [("responses_create_params", AnyRow), ("response", GymResponse)])
 GymMathRow = struct("GymMathRow", [("expected_answer", str), ("question", str)])
 Session = struct("Session", [("resources_session_id", str, "")], omit_defaults=True)
-Rollout = struct("Rollout", [("reward", float), ("task", int, 0), ("mask_sample", bool, False)],
-                 rename={"task": "_ng_task_index"})  # fmt: skip
+Rollout = struct("Rollout", [("reward", float), ("mask_sample", bool, False)])
 Rollouts = struct("Rollouts", [("verify_responses", list[Rollout])])
 
 T = TypeVar("T")
@@ -162,7 +161,7 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not job.done():
-            raise ClientDisconnect
+            raise HTTPException(400, "the client has left")
         return job.result()
     finally:
         job.cancel()
@@ -188,18 +187,17 @@ class RewardServer:
         posts = {"verify": self.verify, "verify_batch": self.verify_batch, "aggregate_metrics": self.aggregate_metrics}
         posts |= {"seed_session": self.session, "close_session": self.session}
         routes = [Route(f"/{name}", work, methods=["POST"]) for name, work in posts.items()]
-        routes += [Route("/metrics", self.metrics), Route("/reverify_mode", lambda request: JSONResponse("stateless"))]
-        for probe in ("", "health", "healthz", "livez", "readyz"):
-            routes.append(Route(f"/{probe}", lambda request: JSONResponse({"status": "ok"})))
+        gets = {"metrics": self.metrics, "reverify_mode": self.reverify_mode}
+        gets |= dict.fromkeys(("", "health", "healthz", "livez", "readyz"), self.alive)
+        routes += [Route(f"/{name}", work) for name, work in gets.items()]
         routes.append(Mount("/ng-rollout/{rollout_id}", routes=routes.copy()))  # Gym may put this before any path
-        gone = {ClientDisconnect: lambda request, error: Response(status_code=400)}
-        self.app = Starlette(routes=routes, exception_handlers={HTTPException: self.refuse, **gone})
+        self.app = Starlette(routes=routes, exception_handlers={HTTPException: self.refuse})
 
     async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
         with SECONDS.time():
             await self.app(scope, receive, send)
 
-    def refuse(self, request: Request, error: HTTPException) -> Response:
+    async def refuse(self, request: Request, error: HTTPException) -> Response:
         """The reply to a request that ends with an HTTPException."""
         REFUSED.labels(error.status_code).inc()
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
@@ -225,6 +223,8 @@ class RewardServer:
                         raise too_large
                     if self.bytes_arriving > MAX_BYTES_ARRIVING:
                         raise HTTPException(503, "too much is arriving at once, try again", {"Retry-After": "1"})
+        except ClientDisconnect:
+            raise HTTPException(400, "the client has left") from None
         except TimeoutError:
             raise HTTPException(408, f"the body did not arrive within {READ_SECONDS} seconds") from None
         finally:
@@ -348,14 +348,19 @@ class RewardServer:
         return response
 
     async def aggregate_metrics(self, request: Request) -> Response:
-        """NeMo Gym's summary of an evaluation: mean rewards, of each task and of all, without masked samples."""
-        rollouts = [r for r in decode(await self.read(request), Rollouts).verify_responses if not r.mask_sample]
-        tasks: dict[int, list[float]] = {}
-        for rollout in rollouts:
-            tasks.setdefault(rollout.task, []).append(rollout.reward)
-        groups = [{"_ng_task_index": task, "mean/reward": statistics.fmean(tasks[task])} for task in sorted(tasks)]
-        overall = {"mean/reward": statistics.fmean(r.reward for r in rollouts)} if rollouts else {}
-        return JSONResponse({"group_level_metrics": groups, "agent_metrics": overall, "key_metrics": overall})
+        """NeMo Gym's summary of an evaluation: the mean reward, without masked samples."""
+        rollouts = decode(await self.read(request), Rollouts).verify_responses
+        rewards = [rollout.reward for rollout in rollouts if not rollout.mask_sample]
+        means = {"mean/reward": statistics.fmean(rewards)} if rewards else {}
+        return JSONResponse({"group_level_metrics": [], "agent_metrics": means, "key_metrics": means})
+
+    async def alive(self, request: Request) -> Response:
+        """For probes."""
+        return JSONResponse({"status": "ok"})
+
+    async def reverify_mode(self, request: Request) -> Response:
+        """What NeMo Gym wants to know before it sends old responses again."""
+        return JSONResponse("stateless")
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus text."""
@@ -455,14 +460,13 @@ def main(argv: list[str] | None = None) -> None:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(args.deadline + (args.judge_deadline if judge else 0)) + 5,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again when done: that is then no death
-        signal.signal(number, lambda *_: None)
+    for number in (signal.SIGTERM, signal.SIGINT):  # before uvicorn takes over, and again when it is done
+        signal.signal(number, lambda *_: sys.exit(0))
     if args.exit_with_parent:
         threading.Thread(target=watch_parent, args=(parent,), daemon=True).start()
     host = f"[{args.host}]" if family is socket.AF_INET6 else args.host
     print(f"reward server listening on http://{host}:{listener.getsockname()[1]}", flush=True)
     Server(config).run(sockets=[listener])
-    pool.close()
 
 
 if __name__ == "__main__":

@@ -90,8 +90,9 @@ class WorkerPool:
     """`size` workers for one verifier. Raises RuntimeError if they cannot be started."""
 
     def __init__(self, verifier: str, size: int, deadline: float = 1.0):
-        self.size, self.deadline, self.kills, self._closed = size, deadline, 0, False
+        self.size, self.deadline, self.kills = size, deadline, 0
         self._command = [sys.executable, os.path.abspath(__file__), verifier, str(deadline)]
+        self._nursery: subprocess.Popen | None = None
         self._lock = threading.Lock()
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         self._start_nursery()
@@ -115,20 +116,14 @@ class WorkerPool:
         except (OSError, ValueError):
             self.kills += 1
             return Verdict(0.0, "timeout", reason="the worker died, out of memory or killed")
-        except RuntimeError as error:
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
             return Verdict(0.0, "timeout", reason=str(error))
         finally:
             self._idle.put(worker)
 
-    def close(self) -> None:
-        """End all processes, for good. Tasks that run end as "timeout"."""
-        with self._lock:
-            self._closed = True
-            self._stop_nursery()
-
     def _fork(self) -> Worker:
         with self._lock:
-            for _attempt in range(2 * (not self._closed)):
+            for _attempt in range(2):
                 ours, theirs = socket.socketpair()
                 ours.settimeout(START_SECONDS)
                 with contextlib.suppress(OSError, ValueError):
@@ -136,18 +131,20 @@ class WorkerPool:
                         socket.send_fds(self._control, [b"f"], [theirs.fileno()])
                     lines = ours.makefile("rb")
                     return Worker(ours, lines, int(lines.readline()))
-                self._stop_nursery()  # it is dead, or as good as dead
-                self._start_nursery()
+                self._start_nursery()  # the one before is dead, or as good as dead
         raise RuntimeError("no worker can be started: `import math_verify` fails, or memory is short")
 
     def _start_nursery(self) -> None:
+        if self._nursery:
+            os.killpg(self._nursery.pid, signal.SIGKILL)  # its process group is itself and its workers
+            self._nursery.wait(START_SECONDS)
         # No secret of the server is in its environment. gmpy2 would do arithmetic in C calls that allocate past limits.
         keep = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "VIRTUAL_ENV", "HOME")
         environment = {key: os.environ[key] for key in keep if key in os.environ}
         environment |= {"SYMPY_GROUND_TYPES": "python", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
         self._control, theirs = socket.socketpair()
         fd, null = theirs.fileno(), subprocess.DEVNULL
-        with theirs:  # a session of its own: its process group is the nursery and its workers
+        with theirs:
             self._nursery = subprocess.Popen(
                 [*self._command, str(fd)],
                 pass_fds=[fd],
@@ -157,12 +154,6 @@ class WorkerPool:
                 stderr=null,
                 start_new_session=True,
             )
-
-    def _stop_nursery(self) -> None:
-        self._control.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._nursery.pid, signal.SIGKILL)
-        self._nursery.wait(START_SECONDS)
 
 
 # -- the other side of the sockets: the nursery and its workers --------------------------------------------------------

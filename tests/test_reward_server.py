@@ -313,8 +313,6 @@ def test_gym_aggregates(server: Server) -> None:
     status, _, reply = server.request("POST", "/aggregate_metrics", {"verify_responses": rollouts})
     assert status == 200
     assert reply["agent_metrics"] == reply["key_metrics"] == {"mean/reward": 2 / 3}
-    means = [{"_ng_task_index": 0, "mean/reward": 0.5}, {"_ng_task_index": 1, "mean/reward": 1.0}]
-    assert reply["group_level_metrics"] == means
     assert server.request("POST", "/aggregate_metrics", {"verify_responses": []})[2]["key_metrics"] == {}
 
 
@@ -338,10 +336,10 @@ def test_hostile_answers(server: Server, tmp_path: Path) -> None:
             for _attempt in range(2):  # the machine is shared: a reply may be late once
                 start = time.monotonic()
                 status, _, reply = server.request("POST", "/verify", nemo_request(text, gold))
-                seconds[name, gold] = time.monotonic() - start
+                seconds[name, gold] = min(seconds.get((name, gold), 60), time.monotonic() - start)
                 assert status == 200, (name, reply)
                 assert reply["reward"] == 0.0, (name, gold)
-                if seconds[name, gold] < 1.1:
+                if seconds[name, gold] < 0.05:
                     break
             assert seconds[name, gold] < 1.1, (name, gold)
     quick = sum(value < 0.05 for value in seconds.values()) / len(seconds)
@@ -387,7 +385,7 @@ def test_a_slow_batch_locks_nobody_out() -> None:
         head = f"POST /verify_batch HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
         with socket.create_connection(("127.0.0.1", server.port)) as slow:
             slow.sendall(head + data)
-            assert wait_until(lambda: server.metric("reward_server_in_flight") == 1)
+            assert wait_until(lambda: server.metric("reward_server_in_flight") == 1, 30)
             for i in range(2, 5):
                 start = time.monotonic()
                 assert server.batch((box("42"), "42"), (box("41"), "42"))[0]["reward"] == 1.0
@@ -563,8 +561,9 @@ def test_a_stopped_nursery_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.1)
         assert pool.run("x+x", b'{"expected_answer": "2x"}').status == "correct"
     finally:
-        pool.close()
-    assert pool.run("x+x", b'{"expected_answer": "2x"}').status == "timeout"  # and starts nothing again
+        processes = [pool._nursery.pid, *descendants(pool._nursery.pid)]
+        del pool
+        assert wait_until(lambda: not any(map(alive, processes)))
 
 
 def test_workers_are_confined(server: Server) -> None:
@@ -586,6 +585,11 @@ def test_sigterm_finishes_requests() -> None:
         assert server.stop() == 0
         assert job.result()[0]["status"] == "timeout"
     assert wait_until(lambda: not any(map(alive, children)))
+
+
+def test_sigterm_right_after_the_first_line() -> None:
+    for _ in range(3):
+        assert Server("--workers", "1").stop() == 0
 
 
 def test_nothing_survives_sigkill() -> None:

@@ -133,7 +133,7 @@ def _last_match(pattern: re.Pattern[str], text: str, needles: tuple[str, ...], b
     return None
 
 
-def extract_answer(text: str, *, bare_number: bool = False) -> str | None:
+def extract_answer(text: str, *, lenient: bool = False) -> str | None:
     """Return the answer written in a response, or None. Linear time, at most the last 64 KB are read."""
     text = text[-TAIL_CHARS:]
     think = text.rfind("</think>")
@@ -150,7 +150,7 @@ def extract_answer(text: str, *, bare_number: bool = False) -> str | None:
         for value in match.groups() if match else ():
             if value and (tidy := _tidy_line(value)):
                 return tidy
-    if bare_number:
+    if lenient:
         numbers = _LAST_NUMBER.findall(text)
         if numbers:
             return numbers[-1]

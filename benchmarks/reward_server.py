@@ -1,22 +1,21 @@
-r"""Every number that the README states about the reward server, in one run.
+r"""Every number that the docs state about the reward server, in one run.
 
     python benchmarks/reward_server.py            # ~3 minutes; writes benchmarks/results/reward_server.json
 
-The server runs pinned to one core with its workers on the others' (or the same, on small machines); the load generator
-uses another core. math-verify is measured in the same run on the same texts, its time-outs off, as in a worker.
-Every figure is the median of `--repeats` runs.
+The server's event loop is pinned to one core and the load generator takes the others. What is stated per CPU second
+counts the server's own processor time, so that other jobs on the machine change it little. math-verify is measured in
+the same run on the same texts, its time-outs off, as in a worker. Every figure is the median of `--repeats` runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,13 +27,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 os.environ["SYMPY_GROUND_TYPES"] = "python"
 
+from environment import environment  # noqa: E402
 from hostile_answers import HOSTILE, box, code_answers  # noqa: E402
 
 import math_verifier  # noqa: E402
-from reward_server import UnparsableGold, verify  # noqa: E402
+from math_verifier import UnparsableGold  # noqa: E402
+from reward_server import verify  # noqa: E402
 
 VARIANTS = ROOT.parent / "shared" / "data" / "verifier" / "variants.jsonl"
 CORES = sorted(os.sched_getaffinity(0))
@@ -142,10 +143,14 @@ class Server:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.port = int(self.process.stdout.readline().rsplit(":", 1)[1])
         self.ready_s = time.perf_counter() - start
-        time.sleep(1)  # workers are warm
         if len(CORES) > 1:  # all threads of the serving process; the load generator takes another core
             for task in os.listdir(f"/proc/{self.process.pid}/task"):
                 os.sched_setaffinity(int(task), {CORES[0]})
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the serving process so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         """SIGTERM and wait."""
@@ -196,15 +201,20 @@ async def load(
     return latencies
 
 
+def run_load(server: Server, *arguments: Any) -> dict[str, list[float]]:
+    """`load` on the faster event loop that vLLM brings."""
+    import uvloop
+
+    return uvloop.run(load(server.port, *arguments))
+
+
 def percentile(values: list[float], share: float) -> float:
     """Milliseconds."""
     return round(sorted(values)[min(len(values) - 1, int(len(values) * share))] * 1e3, 2)
 
 
-def throughput(port: int, repeats: int, seconds: float) -> dict[str, Any]:
-    """Requests per second of /verify and verifications per second of /verify_batch."""
-    import uvloop
-
+def throughput(server: Server, repeats: int, seconds: float) -> dict[str, Any]:
+    """Verifications per second, and per second of the server's processor time, of /verify and of /verify_batch."""
     single = [gym_bytes(response_text(16_000, str(1_000 + i), i), str(1_000 + i - i % 2)) for i in range(64)]
     items = [{"text": response_text(4_000, str(i), i), "expected_answer": str(i - i % 2)} for i in range(256)]
     batch = http_bytes("/verify_batch", {"items": items})
@@ -215,67 +225,52 @@ def throughput(port: int, repeats: int, seconds: float) -> dict[str, Any]:
     ):
         runs = []
         for _ in range(repeats):
-            random_ = random.Random(0)
-
-            def pick(random_: random.Random = random_, requests: list[bytes] = requests) -> tuple[bytes, str]:
-                return random_.choice(requests), "all"
-
-            latencies = uvloop.run(load(port, pick, connections, seconds))["all"]
-            runs.append(
-                (len(latencies) * per_request / seconds, percentile(latencies, 0.5), percentile(latencies, 0.99))
-            )
-        per_s, p50, p99 = (statistics.median(column) for column in zip(*runs, strict=True))
+            before = server.cpu_seconds()
+            choices = iter(random.Random(0).choices(requests, k=1_000_000))
+            latencies = run_load(server, lambda choices=choices: (next(choices), "all"), connections, seconds)["all"]
+            count = len(latencies) * per_request
+            cpu = server.cpu_seconds() - before
+            runs.append((count / seconds, count / cpu, percentile(latencies, 0.5), percentile(latencies, 0.99)))
+        per_s, per_cpu_s, p50, p99 = (statistics.median(column) for column in zip(*runs, strict=True))
         results[name] = {
             "connections": connections,
             "verifications_per_s": round(per_s),
+            "verifications_per_cpu_s": round(per_cpu_s),
             "p50_ms": p50,
             "p99_ms": p99,
-            "p99_ms_in_the_quietest_run": min(run[2] for run in runs),  # other jobs may share the machine
         }
     return results
 
 
 def hostile_mix(repeats: int, seconds: float) -> dict[str, Any]:
-    """p99 of ordinary requests, clean and with 5 % hostile ones among them."""
-    import uvloop
-
+    """p99 of ordinary requests: clean, with 5 % hostile ones among them, and beside a batch of 4,096 slow answers."""
     normal = [gym_bytes(response_text(4_000, str(1_000 + i), i), str(1_000 + i - i % 2)) for i in range(64)]
-    algebra = [
-        gym_bytes(response_text(4_000, rf"\sqrt{{{i}}} + {i}", i), rf"{i} + \sqrt{{{i}}}") for i in range(2, 2_000)
-    ]
-    hostile = [gym_bytes(text, "42") for text in HOSTILE.values() if len(text) <= 200_000]
-    hostile += [gym_bytes(text, r"\frac{\sqrt{3}}{2}") for text in HOSTILE.values() if len(text) <= 200_000]
-    ratios, cleans, mixes = [], [], []
+    hostile = [gym_bytes(text, gold) for text in HOSTILE.values() if len(text) <= 200_000 for gold in ("42", "x^2+1")]
+    slow = [{"text": box(HOSTILE["integral"][7:-1] + f"+{i}"), "expected_answer": "3"} for i in range(4_096)]
     server = Server()
+    p99: dict[str, list[float]] = {"clean": [], "5 % hostile": [], "beside 4,096 slow answers": []}
     for repeat in range(repeats):
-        p99 = {}
-        for share in (0.0, 0.05):
-            random_ = random.Random(repeat)
+        random_ = random.Random(repeat)
 
-            def pick(random_: random.Random = random_, share: float = share) -> tuple[bytes, str]:
-                if random_.random() < share:
-                    return random_.choice(hostile), "hostile"
-                return random_.choice(algebra if random_.random() < 0.1 else normal), "normal"
+        def pick(share: float, random_: random.Random = random_) -> tuple[bytes, str]:
+            if random_.random() < share:
+                return random_.choice(hostile), "hostile"
+            return random_.choice(normal), "normal"
 
-            latencies = uvloop.run(load(server.port, pick, 16, seconds))
-            p99[share] = percentile(latencies["normal"], 0.99)
-        ratios.append(p99[0.05] / p99[0.0])
-        cleans.append(p99[0.0])
-        mixes.append(p99[0.05])
+        for name, share in (("clean", 0.0), ("5 % hostile", 0.05)):
+            found = run_load(server, lambda share=share: pick(share), 16, seconds)
+            p99[name].append(percentile(found["normal"], 0.99))
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(http_bytes("/verify_batch", {"items": slow}))
+            time.sleep(1)  # its exact part
+            found = run_load(server, lambda: pick(0.0), 16, seconds)
+            p99["beside 4,096 slow answers"].append(percentile(found["normal"], 0.99))
     server.stop()
-    return {
-        "connections": 16,
-        "hostile_share": 0.05,
-        "clean_p99_ms": statistics.median(cleans),
-        "with_hostile_p99_ms": statistics.median(mixes),
-        "ratio": round(statistics.median(ratios), 2),
-    }
+    return {"connections": 16} | {f"p99_ms {name}": statistics.median(values) for name, values in p99.items()}
 
 
 def hostile_replies() -> dict[str, Any]:
     """Latency of every hostile answer, one after the other, against three golds; files created; memory."""
-    import uvloop
-
     server = Server()
     with tempfile.TemporaryDirectory() as folder:
         bait = Path(folder) / "created"
@@ -284,7 +279,7 @@ def hostile_replies() -> dict[str, Any]:
         cases = [gym_bytes(text, gold) for gold in ("42", r"\frac{\sqrt{3}}{2}", "x^2+1") for text in answers.values()]
         latencies: list[float] = []
         for case in cases:
-            latencies += uvloop.run(load(server.port, lambda case=case: (case, "all"), 1, 0))["all"]
+            latencies += run_load(server, lambda case=case: (case, "all"), 1, 0)["all"]
         created = bait.exists()
     memory = int(Path(f"/proc/{server.process.pid}/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
     server.stop()
@@ -298,23 +293,6 @@ def hostile_replies() -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("math-verify", "sympy", "uvicorn", "msgspec", "uvloop", "httptools")
-    }
-    return {
-        "cpu": cpu, "nproc": len(CORES), "python": platform.python_version(), "commit": commit, "versions": versions,
-        "load_average_at_start": round(os.getloadavg()[0], 2), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-
-
 def main() -> None:
     """Run everything and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -322,7 +300,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one load run")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "reward_server.json")
     args = parser.parse_args()
-    results: dict[str, Any] = {"environment": environment()}
+    packages = ("math-verify", "sympy", "uvicorn", "h11", "starlette", "msgspec")
+    results: dict[str, Any] = {"environment": environment(packages) | {"load_average": os.getloadavg()[0]}}
     ready = []
     for _ in range(args.repeats):
         server = Server()
@@ -332,7 +311,7 @@ def main() -> None:
     if len(CORES) > 1:  # the load generator and the in-process runs keep off the server's core
         os.sched_setaffinity(0, set(CORES[1:]))
     server = Server()
-    results["one_core_server"] = throughput(server.port, args.repeats, args.seconds)
+    results["one_core_server"] = throughput(server, args.repeats, args.seconds)
     server.stop()
     results["hostile"] = hostile_replies()
     results["hostile_mix"] = hostile_mix(args.repeats, args.seconds)

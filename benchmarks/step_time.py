@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
-import reward_server  # noqa: E402 - the scripts lie beside this folder
 from benchmarks.environment import environment  # noqa: E402
 from config import load_config  # noqa: E402
 from hardware import Limits, Shape  # noqa: E402
@@ -101,16 +99,12 @@ def write_rows(path: Path, count: int, prompt_tokens: int, vocabulary: int) -> N
             file.write(json.dumps({"responses_create_params": {"input": text}, "expected_answer": "0"}) + "\n")
 
 
-def coin(text: str, expected_answer: str) -> reward_server.Verdict:
-    """Reward by the parity of a checksum: half of the answers, whatever they say."""
-    heads = zlib.crc32(text.encode()) & 1
-    return reward_server.Verdict(float(heads), "correct" if heads else "wrong", None)
-
-
 @contextlib.contextmanager
 def coin_server(workers: int) -> Iterator[str]:
-    """The URL of a reward server that tosses coins; this script serves it."""
-    command = [sys.executable, __file__, "serve", "--port", "0", "--verifier", "coin", "--workers", str(workers)]
+    """The URL of a reward server that tosses coins."""
+    coin = Path(__file__).with_name("coin.py")
+    command = [sys.executable, str(ROOT / "reward_server.py"), "--port", "0", "--verifier", f"{coin}:coin"]
+    command += ["--workers", str(workers)]
     server = subprocess.Popen([*command, "--exit-with-parent"], stdout=subprocess.PIPE, text=True)
     try:
         yield server.stdout.readline().split()[-1]
@@ -209,10 +203,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["serve"]:
-        reward_server.VERIFIERS["coin"] = coin
-        reward_server.main(sys.argv[2:])
-    elif sys.argv[1:2] == ["recompute"]:
+    if sys.argv[1:2] == ["recompute"]:
         recompute(Path(sys.argv[2]))
     else:
         main()

@@ -80,23 +80,11 @@ def test_every_variant_learns(run, name):
         assert "dynamic sampling:" in output
 
 
-CONSTANT = """
-import sys
-sys.path.insert(0, {root!r})
-import reward_server
-reward_server.VERIFIERS["constant"] = lambda text, answer: reward_server.Verdict(1.0, "correct", "1")
-if __name__ == "__main__":
-    reward_server.main()
-"""
-
-
 def test_a_constant_reward_teaches_nothing(run, warm_model, tmp_path):
     """Weights bit for bit as before, even with weight decay: a batch without signal makes no optimizer step."""
-    script = tmp_path / "constant_server.py"
-    script.write_text(CONSTANT.format(root=str(ROOT)))
-    server = subprocess.Popen(
-        [sys.executable, str(script), "--port", "0", "--verifier", "constant"], stdout=subprocess.PIPE, text=True
-    )
+    (tmp_path / "constant.py").write_text("def constant(text, row):\n    return 1.0\n")
+    command = [sys.executable, str(ROOT / "reward_server.py"), "--verifier", f"{tmp_path}/constant.py:constant"]
+    server = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
     try:
         url = server.stdout.readline().split()[-1]
         code, metrics, output = run(

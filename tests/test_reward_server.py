@@ -1,4 +1,4 @@
-"""The reward server over real HTTP: routes, limits, hostile input, dying processes, the judge, other verifiers."""
+"""The reward server over real HTTP: routes, NeMo Gym's wire, limits, hostile input, dying processes, judge."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from hostile_answers import HOSTILE, box, code_answers
 
+import verifier_pool
+
 ROOT = Path(__file__).resolve().parents[1]
 ROLLOUTS = ROOT / "tests" / "data" / "nemo_gym_rollouts.jsonl"
 SLOW = r"\int_0^1 \frac{\sin(x^{x^x})}{\ln(1+x^5)} dx"  # outlives every deadline used here
@@ -36,14 +38,11 @@ SLOW = r"\int_0^1 \frac{\sin(x^{x^x})}{\ln(1+x^5)} dx"  # outlives every deadlin
 class Server:
     """A running reward server."""
 
-    def __init__(self, *arguments: str, script: Path = ROOT / "reward_server.py", env: dict[str, str] | None = None):
-        command = [sys.executable, str(script), "--port", "0", *arguments]
-        start = time.monotonic()
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
-        )
+    def __init__(self, *arguments: str, script: tuple[str, ...] = ("reward_server.py",), **env: str):
+        command = [sys.executable, *script, "--port", "0", *arguments]
+        pipe, env = subprocess.PIPE, os.environ | env
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=env)
         self.line = self.process.stdout.readline()
-        self.seconds_to_ready = time.monotonic() - start
         self.port = int(self.line.rsplit(":", 1)[1]) if self.line else 0
 
     def request(
@@ -59,9 +58,10 @@ class Server:
             kind = response.getheader("Content-Type", "")
             return response.status, response.headers, json.loads(content) if "json" in kind else content.decode()
 
-    def batch(self, *items: tuple[str, str], **extra: Any) -> list[dict[str, Any]]:
-        """Results for (text, expected_answer) pairs."""
-        body = {"items": [{"text": text, "expected_answer": gold, **extra} for text, gold in items]}
+    def batch(self, *items: tuple[str, Any]) -> list[dict[str, Any]]:
+        """Results for (text, expected answer or whole row) pairs."""
+        kinds = {str: "expected_answer", dict: "row"}
+        body = {"items": [{"text": text, kinds[type(gold)]: gold} for text, gold in items]}
         status, _, reply = self.request("POST", "/verify_batch", body)
         assert status == 200, reply
         assert len(reply["results"]) == len(items)
@@ -145,8 +145,8 @@ def nemo_request(text: str, gold: str, question: str = "What is it?") -> dict[st
 
 def test_first_line_and_ready(server: Server) -> None:
     assert server.line == f"reward server listening on http://127.0.0.1:{server.port}\n"
-    assert server.seconds_to_ready < 2 or os.getloadavg()[0] > 2 * os.cpu_count()
-    assert server.request("GET", "/healthz")[::2] == (200, {"status": "ok"})
+    for probe in ("/healthz", "/health", "/livez", "/readyz", "/"):
+        assert server.request("GET", probe)[::2] == (200, {"status": "ok"})
 
 
 def test_batch_keeps_the_order(server: Server) -> None:
@@ -196,7 +196,8 @@ def test_missing_field_is_422(server: Server, missing: str) -> None:
     del request[missing]
     status, _, reply = server.request("POST", "/verify", request)
     assert status == 422
-    assert reply["detail"][0]["loc"] == ["body", missing]
+    assert reply["detail"][0]["loc"] == ["body"]
+    assert f"`{missing}`" in reply["detail"][0]["msg"]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,12 @@ def test_missing_field_is_422(server: Server, missing: str) -> None:
         ("POST", "/verify_batch", {"items": [{"text": 1, "expected_answer": "1"}]}, 422),
         ("POST", "/verify_batch", {"items": [{"text": "1"}]}, 422),
         ("POST", "/verify_batch", {"items": ["1"]}, 422),
-        ("POST", "/verify_batch", {"items": [{"text": "1", "expected_answer": "1", "verifier": "none"}]}, 422),
+        ("POST", "/verify_batch", {"items": [{"text": "1", "row": {"question": "1"}}]}, 422),
+        ("POST", "/verify_batch", {"items": [{"text": "1", "row": [1], "expected_answer": "1"}]}, 422),
+        ("POST", "/verify_batch", {"items": [{"text": "1", "row": {"expected_answer": 1}}]}, 422),
+        ("POST", "/verify_batch", {"items": [{"text": "1", "expected_answer": "1", "verifier": [1]}]}, 200),
+        ("POST", "/seed_session", {"resources_session_id": 1}, 422),
+        ("POST", "/aggregate_metrics", {"verify_responses": [{"reward": "1"}]}, 422),
         ("POST", "/verify_batch", {"items": [{"text": "", "expected_answer": "1"}] * 4_096}, 200),
         ("POST", "/verify_batch", {"items": [{"text": "", "expected_answer": "1"}] * 4_097}, 413),
         ("POST", "/verify_batch", b"[" * 100_000, 422),
@@ -234,26 +240,18 @@ def test_metrics(server: Server) -> None:
     before = server.metric('reward_server_verdicts_total{status="correct"')
     server.batch((box("7"), "7"), (box("7"), "8"))
     assert server.metric('reward_server_verdicts_total{status="correct"') == before + 1
+    server.request("POST", "/verify", [])
+    assert server.metric('reward_server_refused_total{code="422"') >= 1
     text = server.request("GET", "/metrics")[2]
-    for name in (
-        "queue_depth",
-        "worker_kills_total",
-        "request_seconds_bucket",
-        "verdicts_total",
-        "request_seconds_count",
-    ):
+    for name in ("queue_depth", "in_flight", "worker_kills_total", "request_seconds_bucket", "cache_hits_total"):
         assert f"reward_server_{name}" in text
-    for line in text.splitlines():
-        assert line.startswith("# TYPE ") or re.fullmatch(
-            r'[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [-+0-9.e]+', line
-        )
 
 
-def test_single_flight_and_cache(server: Server) -> None:
-    before = server.metric('reward_server_verdicts_total{status="correct",tier="symbolic"')
+def test_one_comparison_for_a_group(server: Server) -> None:
+    before = server.metric("reward_server_cache_hits_total")
     item = (box(r"\sqrt{2}+\sqrt{3}+1001"), r"1001+\sqrt{3}+\sqrt{2}")
     assert all(result["reward"] == 1.0 for result in server.batch(*[item] * 64))
-    assert server.metric('reward_server_verdicts_total{status="correct",tier="symbolic"') == before + 1
+    assert server.metric("reward_server_cache_hits_total") == before + 63
 
 
 def test_a_timeout_is_remembered_for_its_group(server: Server) -> None:
@@ -264,7 +262,7 @@ def test_a_timeout_is_remembered_for_its_group(server: Server) -> None:
 
 
 def test_bearer_token() -> None:
-    with running(env={"REWARD_SERVER_TOKEN": "s3cret"}) as server:
+    with running(REWARD_SERVER_TOKEN="s3cret") as server:
         body = {"items": []}
         assert server.request("POST", "/verify_batch", body)[0] == 401
         assert server.request("POST", "/verify_batch", body, {"Authorization": "Bearer wrong"})[0] == 401
@@ -275,13 +273,55 @@ def test_bearer_token() -> None:
             assert "s3cret" not in Path(f"/proc/{pid}/environ").read_text()
 
 
-@pytest.mark.slow
-def test_queue_is_bounded() -> None:
-    with running("--workers", "1", "--max-queue", "2", "--deadline", "2") as server, ThreadPoolExecutor(8) as threads:
-        bodies = [{"items": [{"text": box(f"{SLOW}+{i}"), "expected_answer": "3"}]} for i in range(6)]
-        replies = list(threads.map(lambda body: server.request("POST", "/verify_batch", body), bodies))
-        assert {status for status, _, _ in replies} == {200, 429}
-        assert all(headers["Retry-After"] for status, headers, _ in replies if status == 429)
+# -- NeMo Gym ----------------------------------------------------------------------------------------------------------
+
+
+def test_gym_sessions_and_prefix(server: Server) -> None:
+    for prefix in ("", "/ng-rollout/3-1"):
+        session = {"resources_session_id": "resources-session-1", "episode_id": {"rollout_id": "0", "attempt": 0}}
+        for path in ("/seed_session", "/close_session"):
+            status, headers, reply = server.request("POST", prefix + path, session)
+            assert (status, reply) == (200, {"resources_session_id": "resources-session-1"})
+            assert headers["Set-Cookie"].startswith("session=")
+        status, headers, reply = server.request("POST", prefix + "/seed_session", {"question": "4?", "verifier": "x"})
+        assert (status, reply) == (200, {})
+        assert headers["Set-Cookie"].startswith("session=")
+        request = nemo_request(box("4"), "4") | {"verifier": "some other column"}
+        reply = server.request("POST", prefix + "/verify", request)[2]
+        assert (reply["reward"], reply["verifier"]) == (1.0, "some other column")
+        assert server.request("GET", prefix + "/reverify_mode")[2] == "stateless"
+
+
+def test_gym_masks_what_is_not_verified(server: Server) -> None:
+    names = ("reward", "mask_sample", "failure_kind", "failure_reason")
+
+    def verify(text: str, gold: str) -> list[Any]:
+        reply = server.request("POST", "/verify", nemo_request(text, gold))[2]
+        return [reply[name] for name in names]
+
+    assert verify(box("4"), "4") == [1.0, False, None, None]
+    assert verify(box("5"), "4") == [0.0, False, None, None]
+    assert verify(box("5"), "") == [0.0, True, "verifier_error", "expected_answer is empty"]
+    assert verify(box(SLOW), "7") == [0.0, True, "verifier_error", "it took longer than 1 s"]
+
+
+def test_gym_aggregates(server: Server) -> None:
+    rollouts = [
+        {"_ng_task_index": task, "_ng_rollout_index": i, "reward": reward, "mask_sample": masked, "extra": [1]}
+        for i, (task, reward, masked) in enumerate([(0, 1.0, False), (0, 0.0, False), (1, 1.0, False), (1, 0.0, True)])
+    ]
+    status, _, reply = server.request("POST", "/aggregate_metrics", {"verify_responses": rollouts})
+    assert status == 200
+    assert reply["agent_metrics"] == reply["key_metrics"] == {"mean/reward": 2 / 3}
+    assert server.request("POST", "/aggregate_metrics", {"verify_responses": []})[2]["key_metrics"] == {}
+
+
+def test_gym_waits_where_others_are_told_to_come_again() -> None:
+    """Gym's clients do not ask again after a 429, so /verify never says it."""
+    with running("--workers", "1", "--max-queue", "1") as server, ThreadPoolExecutor(200) as threads:
+        requests = [nemo_request(box(rf"\sqrt{{{i}}}+1"), rf"1+\sqrt{{{i}}}") for i in range(2, 202)]
+        replies = list(threads.map(lambda request: server.request("POST", "/verify", request), requests))
+        assert {(status, reply["status"]) for status, _, reply in replies} == {(200, "correct")}
 
 
 # -- hostile input -----------------------------------------------------------------------------------------------------
@@ -296,16 +336,16 @@ def test_hostile_answers(server: Server, tmp_path: Path) -> None:
             for _attempt in range(2):  # the machine is shared: a reply may be late once
                 start = time.monotonic()
                 status, _, reply = server.request("POST", "/verify", nemo_request(text, gold))
-                seconds[name, gold] = time.monotonic() - start
+                seconds[name, gold] = min(seconds.get((name, gold), 60), time.monotonic() - start)
                 assert status == 200, (name, reply)
                 assert reply["reward"] == 0.0, (name, gold)
-                if seconds[name, gold] < 1.1:
+                if seconds[name, gold] < 0.05:
                     break
             assert seconds[name, gold] < 1.1, (name, gold)
     quick = sum(value < 0.05 for value in seconds.values()) / len(seconds)
     assert quick >= 0.95, sorted((value, name) for name, value in seconds.items())[-12:]
     assert not bait.exists()
-    assert wait_until(lambda: server.metric("reward_server_symbolic_in_flight") == 0)
+    assert wait_until(lambda: server.metric("reward_server_in_flight") == 0)
     memory = {}
     for pid in [server.process.pid, *descendants(server.process.pid)]:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
@@ -337,18 +377,27 @@ def test_others_do_not_wait_for_the_slow(server: Server) -> None:
         assert {job.result()[0]["status"] for job in slow} == {"timeout"}
 
 
-@pytest.mark.slow
-def test_a_slow_batch_leaves_workers_to_others() -> None:
-    with running("--workers", "2", "--deadline", "0.5") as server, ThreadPoolExecutor(1) as threads:
-        server.batch((box("x+x"), "2x"), (box("y+y"), "2y"))
-        slow = threads.submit(server.batch, *[(box(f"{SLOW}+{i}"), "3") for i in range(6)])
-        assert wait_until(lambda: server.metric("reward_server_symbolic_in_flight") == 6)
-        for i in range(2, 5):
-            start = time.monotonic()
-            assert server.batch((box(rf"\sqrt{{{i}}}+1"), rf"1+\sqrt{{{i}}}"))[0]["reward"] == 1.0
-            assert time.monotonic() - start < 0.4
-        assert not slow.done()
-        assert [result["status"] for result in slow.result()] == ["timeout"] * 6
+def test_a_slow_batch_locks_nobody_out() -> None:
+    """4,096 slow answers: exact verdicts and other requests go on, and all is dropped when the client leaves."""
+    with running("--workers", "2", "--deadline", "0.5", "--max-queue", "1") as server:
+        items = [{"text": box(f"{SLOW}+{i}"), "expected_answer": "3"} for i in range(4_096)]
+        data = json.dumps({"items": items}).encode()
+        head = f"POST /verify_batch HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as slow:
+            slow.sendall(head + data)
+            assert wait_until(lambda: server.metric("reward_server_in_flight") == 1, 30)
+            for i in range(2, 5):
+                start = time.monotonic()
+                assert server.batch((box("42"), "42"), (box("41"), "42"))[0]["reward"] == 1.0
+                assert time.monotonic() - start < 0.5
+                request = nemo_request(box(rf"\sqrt{{{i}}}+1"), rf"1+\sqrt{{{i}}}")  # the other worker is free
+                assert server.request("POST", "/verify", request)[2]["reward"] == 1.0
+            body = {"items": [{"text": box("x+x+y"), "expected_answer": "2x+y"}]}  # needs a place in the queue of one
+            status, headers, _ = server.request("POST", "/verify_batch", body)
+            assert (status, headers["Retry-After"]) == (429, "1")
+            assert server.metric("reward_server_queue_depth") == 1
+        assert wait_until(lambda: server.metric("reward_server_in_flight") == 0, 3)
+        assert server.request("POST", "/verify_batch", body)[2]["results"][0]["reward"] == 1.0
 
 
 def raw_request(server: Server, *parts: bytes) -> bytes:
@@ -368,13 +417,15 @@ def test_broken_http(server: Server) -> None:
     assert b" 400 " in raw_request(server, head + b"Content-Length: -5\r\n\r\n{}")
     assert b" 400 " in raw_request(server, head + b"Content-Length: 2\r\nContent-Length: 5\r\n\r\n{}")
     assert b" 422 " in raw_request(server, head + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b\x08\0")
-    assert b" 200 " in raw_request(
-        server, head + b"X: " + b"a" * 100_000 + b'\r\nContent-Length: 12\r\n\r\n{"items":[]}'
-    )
-    assert b" 200 " not in raw_request(server, head + b"X: ", *[b"a" * 500_000] * 6, b"\r\nContent-Length: 0\r\n\r\n")
+    small = b"X: " + b"a" * 30_000 + b'\r\nContent-Length: 12\r\n\r\n{"items":[]}'
+    assert b" 200 " in raw_request(server, head + small)
+    assert b" 200 " not in raw_request(server, head + b"X: ", *[b"a" * 30_000] * 6, b"\r\nContent-Length: 0\r\n\r\n")
     chunked = b'Transfer-Encoding: chunked\r\n\r\nc\r\n{"items":[]}\r\n0\r\n\r\n'
     assert raw_request(server, head + chunked).endswith(b'{"results":[]}')
-    pipelined = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 4 + b"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n"
+    pipelined = (
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 4
+        + b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
     assert raw_request(server, pipelined).count(b'{"status":"ok"}') == 5
 
 
@@ -386,9 +437,64 @@ def test_clients_that_never_finish_cost_nothing(server: Server) -> None:
         assert server.batch((box("42"), "42"))[0]["reward"] == 1.0
 
 
-def test_lone_surrogates_and_nan(server: Server) -> None:
-    body = json.dumps({**nemo_request("\ud800 " + box("\ud83d"), "42"), "x": float("nan")}).encode()
-    assert server.request("POST", "/verify", body)[0] == 200
+def test_slow_heads_slow_bodies_and_unread_replies_are_cut_off() -> None:
+    impatient = "import reward_server; reward_server.READ_SECONDS = 1; reward_server.main()"
+    head = b"POST /verify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    large = json.dumps(nemo_request(box("4"), "4") | {"x": "x" * 20_000_000}).encode()
+    with running(script=("-c", impatient)) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(6)]
+        silent, first, second, body, unread, reader = clients
+        first.sendall(b"POST /ver")
+        second.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        while b"ok" not in second.recv(65_536):
+            pass
+        second.sendall(b"GET /healthz HTTP/1.1\r\n")
+        body.sendall(head % 100 + b"{")
+        unread.sendall(head % len(large) + large)
+        reader.sendall(head % len(large) + large)
+        for client in (silent, first, second):
+            client.settimeout(5)
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(65_536) == b""
+        body.settimeout(5)
+        assert b" 408 " in body.recv(65_536)
+        reader.settimeout(5)
+        received = reader.recv(65_536)
+        while b"failure_reason" not in received[-300:]:
+            received = received[-300:] + reader.recv(1 << 20)
+        inodes = {line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]}
+        assert inodes
+
+        def sockets() -> int:
+            """Connections that the server has open."""
+            links = (
+                os.readlink(path) for path in Path(f"/proc/{server.process.pid}/fd").glob("*") if path.is_symlink()
+            )
+            return sum(link.removeprefix("socket:[").rstrip("]") in inodes for link in links)
+
+        assert wait_until(lambda: sockets() <= 3, 6)  # listener, `body` and `reader`, which are kept alive
+
+
+def test_bodies_of_brackets_stall_nobody(server: Server) -> None:
+    brackets = b"[" + b"[[]]," * 3_200_000 + b"0]"
+    item = b'{"text": "\\\\boxed{4}", "expected_answer": "4"}'
+    bodies = [brackets, b'{"items": %s}' % brackets, b'{"items": [%s], "x": %s}' % (item, brackets)]
+    bodies.append(b'{"items": [{"text": "\\\\boxed{4}", "row": {"expected_answer": "4", "x": %s}}]}' % brackets)
+    with ThreadPoolExecutor(1) as threads:
+        for body, expected in zip(bodies, (422, 422, 200, 200), strict=True):
+            job = threads.submit(server.request, "POST", "/verify_batch", body)
+            while not job.done():
+                start = time.monotonic()
+                assert server.request("GET", "/healthz")[0] == 200
+                assert time.monotonic() - start < 1
+            assert job.result()[0] == expected
+    peak = Path(f"/proc/{server.process.pid}/status").read_text().split("VmHWM:")[1].split()[0]
+    assert int(peak) >> 10 < 400  # MB
+
+
+def test_lone_surrogates(server: Server) -> None:
+    body = json.dumps(nemo_request("\ud800 " + box("42\ud83d"), "42")).encode()
+    assert server.request("POST", "/verify", body)[2]["extracted_answer"] == "42\ufffd"
     body = b'{"items": [{"text": "\xff\xfe \\\\boxed{42}", "expected_answer": "42"}]}'
     assert server.request("POST", "/verify_batch", body)[2]["results"][0]["reward"] == 1.0
 
@@ -424,18 +530,40 @@ def test_fuzz_items(server: Server, items: list[tuple[str, str]]) -> None:
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-def test_killed_worker_is_replaced() -> None:
+def test_lost_workers_are_replaced() -> None:
     with running("--workers", "2") as server:
-        assert wait_until(lambda: len(descendants(server.process.pid)) == 3)
-        zygote = descendants(server.process.pid)[0]
-        for victim in [pid for pid in descendants(server.process.pid) if pid != zygote]:
+        nursery = descendants(server.process.pid)[0]
+
+        def ask(i: int) -> str:
+            return server.batch((box(rf"\sqrt{{2}}+{i}"), rf"{i}+\sqrt{{2}}"))[0]["status"]
+
+        for victim in descendants(nursery):
             os.kill(victim, signal.SIGKILL)
-        for i in range(4):  # two may report the death of their worker, the rest are answered
-            last = server.batch((box(rf"\sqrt{{2}}+{i}"), rf"{i}+\sqrt{{2}}"))[0]
-        assert last["status"] == "correct"
-        os.kill(zygote, signal.SIGKILL)
-        results = [server.batch((box(rf"\sqrt{{3}}+{i}"), rf"{i}+\sqrt{{3}}"))[0]["status"] for i in range(5)]
-        assert results[-1] == "correct"
+        time.sleep(0.1)
+        assert [ask(i) for i in range(4)] == ["correct"] * 4  # an idle worker that died is noticed before it is asked
+        for victim in descendants(nursery):
+            os.kill(victim, signal.SIGSTOP)
+        start = time.monotonic()
+        assert [ask(i) for i in range(10, 12)] == ["timeout", "correct"]
+        assert time.monotonic() - start < 2
+        os.killpg(nursery, signal.SIGKILL)
+        time.sleep(0.1)
+        assert [ask(i) for i in range(20, 24)] == ["correct"] * 4
+
+
+def test_a_stopped_nursery_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = verifier_pool.WorkerPool("math", 1, deadline=0.5)
+    monkeypatch.setattr(verifier_pool, "START_SECONDS", 4.0)
+    try:
+        (worker,) = descendants(pool._nursery.pid)
+        os.kill(pool._nursery.pid, signal.SIGSTOP)
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(0.1)
+        assert pool.run("x+x", b'{"expected_answer": "2x"}').status == "correct"
+    finally:
+        processes = [pool._nursery.pid, *descendants(pool._nursery.pid)]
+        del pool
+        assert wait_until(lambda: not any(map(alive, processes)))
 
 
 def test_workers_are_confined(server: Server) -> None:
@@ -452,11 +580,16 @@ def test_sigterm_finishes_requests() -> None:
     server.batch((box("x+x"), "2x"))
     with ThreadPoolExecutor(1) as threads:
         job = threads.submit(server.batch, (box(SLOW), "3"))
-        assert wait_until(lambda: server.metric("reward_server_symbolic_in_flight") == 1)
+        assert wait_until(lambda: server.metric("reward_server_in_flight") == 1)
         children = descendants(server.process.pid)
         assert server.stop() == 0
         assert job.result()[0]["status"] == "timeout"
     assert wait_until(lambda: not any(map(alive, children)))
+
+
+def test_sigterm_right_after_the_first_line() -> None:
+    for _ in range(3):
+        assert Server("--workers", "1").stop() == 0
 
 
 def test_nothing_survives_sigkill() -> None:
@@ -464,7 +597,7 @@ def test_nothing_survives_sigkill() -> None:
     server.batch((box("x+x"), "2x"))
     with ThreadPoolExecutor(1) as threads:
         job = threads.submit(server.batch, (box(SLOW), "3"))  # a busy worker must go too
-        assert wait_until(lambda: server.metric("reward_server_symbolic_in_flight") == 1)
+        assert wait_until(lambda: server.metric("reward_server_in_flight") == 1)
         children = descendants(server.process.pid)
         assert len(children) >= 3
         server.process.kill()
@@ -502,6 +635,10 @@ def test_exit_with_parent() -> None:
         ["--deadline", "nan"],
         ["--judge-url", "localhost"],
         ["--verifier", "nope"],
+        ["--verifier", "nope.py:function"],
+        ["--verifier", "json.nope"],
+        ["--verifier", "json.dumps", "--judge-url", "http://127.0.0.1:9"],
+        ["--extraction", "none"],
         ["--max-queue", "0"],
         ["--unknown"],
         ["--host", "not-an-address.invalid"],
@@ -529,12 +666,12 @@ def test_port_taken() -> None:
 
 
 def test_source_runs_nothing_on_text() -> None:
-    for name in ("reward_server.py", "math_verifier.py", "math_expression.py", "llm_judge.py"):
-        source = (ROOT / name).read_text()
+    for path in [ROOT / "reward_server.py", *ROOT.glob("math_*.py"), ROOT / "verifier_pool.py", ROOT / "llm_judge.py"]:
+        source = path.read_text()
         code = re.sub(r'r?"""[\s\S]*?"""|#.*', "", source)
         assert not re.search(
             r"(?<![\w.])(eval|exec|compile|parse_expr|sympify|S)\(|pickle|parse_expr|shell=True", code
-        ), name
+        ), path
 
 
 # -- judge -------------------------------------------------------------------------------------------------------------
@@ -582,7 +719,7 @@ def judged(reply, *arguments: str) -> Iterator[tuple[Server, JudgeServer]]:
     """A reward server with a judge that answers `reply`."""
     judge = JudgeServer(reply)
     try:
-        with running("--judge-url", judge.url, *arguments, env={"JUDGE_API_KEY": "key"}) as server:
+        with running("--judge-url", judge.url, *arguments, JUDGE_API_KEY="key") as server:
             yield server, judge
     finally:
         judge.http.shutdown()
@@ -600,43 +737,43 @@ def test_judge_agrees_in_both_orders() -> None:
         assert "Solve!" in first
         assert judge.requests[0]["model"] == "tiny-judge"
         assert judge.requests[0]["authorization"] == "Bearer key"
-        assert server.batch((box("nothing"), "none"))[0]["status"] == "correct"
+        assert server.batch((box("nothing"), {"expected_answer": "none", "question": "Why?"}))[0]["status"] == "correct"
+        assert "Why?" in judge.requests[-1]["messages"][-1]["content"]
 
 
-@pytest.mark.slow
-def test_judge_is_asked_only_where_the_rules_said_no() -> None:
-    with judged(lambda messages: "[[A!=B]]") as (server, judge):
+def test_judge_is_asked_where_the_rules_said_no_and_needs_both_orders() -> None:
+    replies: list[str | None] = ["[[A!=B]]", "[[A=B]]", "[[A!=B]]"]
+    with judged(lambda messages: replies.pop(0)) as (server, judge):
         results = server.batch((box("42"), "42"), ("no box", "42"), (box("x+x"), "2x"))
         assert [result["status"] for result in results] == ["correct", "no_answer", "correct"]
         assert judge.requests == []
         assert server.batch((box("41"), "42"))[0]["status"] == "wrong"
         assert len(judge.requests) == 1
+        assert server.batch((box("40"), "42"))[0] == {"reward": 0.0, "status": "wrong", "extracted_answer": "40"}
+        assert len(judge.requests) == 3
 
 
-@pytest.mark.slow
-def test_judge_needs_both_orders() -> None:
-    answers = iter(["[[A=B]]", "[[A!=B]]"])
-    with judged(lambda messages: next(answers)) as (server, judge):
-        assert server.batch((box("41"), "42"))[0] == {"reward": 0.0, "status": "wrong", "extracted_answer": "41"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "reply", [None, "", "[[A=B]] is what the answer asks me to say", "yes", "[[A=B]]\nor perhaps not"]
-)
-def test_judge_failure_is_not_a_zero(reply: str | None) -> None:
-    with judged(lambda messages: reply) as (server, judge):
-        assert server.batch((box("41"), "42"))[0]["status"] == "judge_failed"
-        assert server.request("POST", "/verify", nemo_request(box("41"), "42"))[2]["status"] == "judge_failed"
-
-
-@pytest.mark.slow
-def test_judge_deadline() -> None:
+def test_judge_failure_is_not_a_zero() -> None:
+    bad = [None, "", "[[A=B]] is what the answer asks me to say", "yes", "[[A=B]]\nor perhaps not"]
     release = threading.Event()
-    with judged(lambda messages: str(release.wait(20)), "--judge-deadline", "0.5") as (server, judge):
+    replies = iter([*bad * 2, "late"])
+
+    def reply(messages: list[dict[str, str]]) -> str | None:
+        text = next(replies)
+        return text if text != "late" else str(release.wait(20))
+
+    with judged(reply, "--judge-deadline", "1") as (server, judge):
+        for _ in bad:
+            assert server.batch((box("41"), "42"))[0]["status"] == "judge_failed"
+            answer = server.request("POST", "/verify", nemo_request(box("41"), "42"))[2]
+            assert (answer["status"], answer["mask_sample"], answer["failure_kind"]) == (
+                "judge_failed",
+                True,
+                "judge_failed",
+            )
         start = time.monotonic()
         assert server.batch((box("41"), "42"))[0]["status"] == "judge_failed"
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 2.5
         release.set()
 
 
@@ -658,17 +795,75 @@ def test_judge_unreachable() -> None:
 
 # -- other verifiers ---------------------------------------------------------------------------------------------------
 
+CUSTOM = """
+import os, socket, time
+from reward_server import Verdict
 
-def test_readme_example_verifier(tmp_path: Path) -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text() if readme.exists() else ""
-    match = re.search(r"Add another verifier[^\n]*\n.*?```python\n(.*?)```", text, re.S)
-    if not match:
-        pytest.skip('README.md has no "Add another verifier" section')
-    assert len(match[1].splitlines()) < 20
-    script = tmp_path / "example.py"
+
+def choice(text: str, row: dict) -> float:
+    return float(text.strip() == row["options"][row["right"]])
+
+
+def verdict(text: str, row: dict) -> Verdict:
+    return Verdict(0.5, "correct", text[::-1])
+
+
+def hostile(text: str, row: dict) -> float:
+    actions = {
+        "sleep": lambda: time.sleep(60),
+        "memory": lambda: len(bytearray(2 << 30)),
+        "file": lambda: open(row["path"], "w"),
+        "program": lambda: os.system("true"),
+        "network": lambda: socket.create_connection(("127.0.0.1", 9)),
+        "death": lambda: os.abort(),
+        "nan": lambda: float("nan"),
+        "text": lambda: "a text",
+        "secret": lambda: float("REWARD_SERVER_TOKEN" in os.environ or "HF_TOKEN" in os.environ),
+    }
+    return actions[text]()
+"""
+
+
+def test_custom_verifier_sees_the_row(tmp_path: Path) -> None:
+    script = tmp_path / "custom.py"
+    script.write_text(CUSTOM)
+    row = {"options": ["red", "blue"], "right": 1, "responses_create_params": {"input": "?"}, "verifier": "none"}
+    with running("--verifier", f"{script}:choice", "--workers", "1") as server:
+        assert [r["reward"] for r in server.batch(("blue", row), ("red", row), (" blue\n", row))] == [1.0, 0.0, 1.0]
+        gym = nemo_request("blue", "") | row
+        del gym["question"], gym["expected_answer"]  # those are the math verifier's
+        reply = server.request("POST", "/verify", json.dumps(gym, indent=1).encode())[2]
+        assert (reply["reward"], reply["status"], reply["right"]) == (1.0, "correct", 1)
+        reply = server.request("POST", "/verify", nemo_request("blue", ""))[2]
+        assert (reply["mask_sample"], reply["failure_reason"]) == (True, "KeyError: 'options'")
+    with running("--verifier", "custom.verdict", "--workers", "1", PYTHONPATH=str(tmp_path)) as server:
+        assert server.batch(("abc", "4")) == [{"reward": 0.5, "status": "correct", "extracted_answer": "cba"}]
+
+
+def test_custom_verifier_is_confined(tmp_path: Path) -> None:
+    script = tmp_path / "custom.py"
+    script.write_text(CUSTOM)
+    row = {"path": str(tmp_path / "created")}
+    texts = ["sleep", "memory", "file", "program", "network", "death", "nan", "text", "secret"]
+    secrets = {"REWARD_SERVER_TOKEN": "", "HF_TOKEN": "secret"}
+    with running("--verifier", f"{script}:hostile", "--workers", "1", "--deadline", "0.5", **secrets) as server:
+        start = time.monotonic()
+        results = server.batch(*[(text, row) for text in texts])
+        assert [result["status"] for result in results] == ["timeout"] * 8 + ["wrong"]
+        assert time.monotonic() - start < 5
+    assert not (tmp_path / "created").exists()
+
+
+def test_verifier_of_the_docs(tmp_path: Path) -> None:
+    match = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "verifier.md").read_text(), re.S)
+    script = tmp_path / "my_rewards.py"
     script.write_text(match[1])
-    with running("--verifier", "exact_match", script=script, env={"PYTHONPATH": str(ROOT)}) as server:
+    with running("--verifier", f"{script}:exact_match", "--workers", "1") as server:
         results = server.batch(("so\n42", "42"), ("so\n42.0", "42"))
-        assert [result["status"] for result in results] == ["correct", "wrong"]
-        assert server.batch((box("42.0"), "42"), verifier="math")[0]["status"] == "correct"
+        assert [(result["reward"], result["status"]) for result in results] == [(1.0, "correct"), (0.0, "wrong")]
+
+
+def test_extraction() -> None:
+    for extraction, status in (("strict", "no_answer"), ("lenient", "correct")):
+        with running("--extraction", extraction, "--workers", "1") as server:
+            assert server.batch(("so we get 6 * 7 = 42", "42"))[0]["status"] == status

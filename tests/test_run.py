@@ -17,7 +17,6 @@ from conftest import ROOT
 from config import ConfigError, load_config
 from launch import check_before_start
 from rows import Rows
-from train_grpo import number_of_steps
 
 BATCH = ["grpo.num_prompts_per_step=8", "grpo.num_generations_per_prompt=8"]
 
@@ -272,9 +271,14 @@ def test_batches_cover_each_epoch_once_in_its_own_order(arithmetic_rows, tiny_mo
     assert rows.batch(1, 100, 1, False) == list(range(100, 200))
 
 
-def test_number_of_steps(quickstart_overrides):
-    cfg = load_config(ROOT / "recipes" / "quickstart.yaml", [*quickstart_overrides, "grpo.max_num_steps=10"])
-    assert number_of_steps(cfg, 64) == 2  # 32 prompts a step, one epoch
-    assert number_of_steps(cfg, 10_000) == 10
-    with pytest.raises(ConfigError, match="has 31 rows, fewer than grpo.num_prompts_per_step=32"):
-        number_of_steps(cfg, 31)
+def test_number_of_steps(arithmetic_rows, tiny_model):
+    from transformers import AutoTokenizer
+
+    rows = Rows(f"{arithmetic_rows}/train.jsonl", AutoTokenizer.from_pretrained(tiny_model), 64)
+    half = len(rows) // 2
+    assert rows.number_of_steps(half, epochs=1, most=10) == 2
+    assert rows.number_of_steps(half, epochs=9, most=10) == 10
+    with pytest.raises(
+        ConfigError, match=f"has {len(rows)} rows, fewer than grpo.num_prompts_per_step={len(rows) + 1}"
+    ):
+        rows.number_of_steps(len(rows) + 1, epochs=1, most=10)

@@ -1,0 +1,244 @@
+r"""Processes that compute one verdict at a time and can be killed: whatever a model writes, nobody waits for ever.
+
+    pool = WorkerPool("math", size=4, deadline=1.0)
+    pool.run("x+x", b'{"expected_answer": "2x"}').status      # "correct"
+
+    this process --socket--> nursery: imports sympy and the verifier once, then forks a worker for each request
+         \--socket per worker--> worker: reads [text, row], calls verifier(text, row), replies; all in lines of JSON
+
+- A worker that misses the deadline is killed with SIGKILL; the fork that takes its place costs milliseconds.
+- A worker has a memory limit, writes no file, opens no socket, starts no program, and does not see the environment.
+- The nursery ends with this process, however that ends, and takes busy workers along. If it dies or stops, another is
+  started. `multiprocessing`'s forkserver does none of this, imports the caller's script, and is one for all its users.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import pkgutil
+import queue
+import resource
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any, BinaryIO, NamedTuple
+
+import math_verifier
+
+START_SECONDS = 15.0  # for the nursery's imports and a fork
+MEMORY_MB = 1_024
+MAX_GROWTH_MB = 256  # after which a worker is replaced
+STATUSES = ("correct", "wrong", "no_answer", "unparsable_gold", "timeout", "judge_failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a verifier says. A reward may be trained on only if it is `verified`: a time-out is not a wrong answer."""
+
+    reward: float
+    status: str  # one of STATUSES
+    extracted_answer: str | None = None
+    reason: str | None = None  # why it is not verified, for people
+    evaluations: list[dict[str, Any]] | None = None  # what the LLM judge was asked and said, where it was asked
+
+    @property
+    def verified(self) -> bool:
+        """Whether the reward may be trained on."""
+        return self.status in ("correct", "wrong", "no_answer")
+
+
+def algebra(answer: str, row: dict[str, Any]) -> Verdict:
+    """The verifier "math" as its workers run it: the server extracts the answer and decides what needs no algebra."""
+    try:
+        equal = math_verifier.compare(row["expected_answer"], answer, algebra=True)
+    except math_verifier.UnparsableGold:
+        return Verdict(0.0, "unparsable_gold", answer)
+    return Verdict(float(bool(equal)), "correct" if equal else "wrong", answer)
+
+
+def load_verifier(name: str) -> Callable[[str, dict[str, Any]], Verdict | float]:
+    """The function that "math", "module.function" or "path/to/file.py:function" names. Raises ValueError if none."""
+    path, _, function = name.rpartition(":")
+    sys.path.append(os.getcwd())
+    try:
+        if path.endswith(".py"):
+            return runpy.run_path(path)[function]
+        return algebra if name == "math" else pkgutil.resolve_name(name)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise ValueError(f"cannot load {name!r}: {type(error).__name__}: {error}") from error
+
+
+class Worker(NamedTuple):
+    """A worker process, seen from this side."""
+
+    connection: socket.socket
+    lines: BinaryIO
+    pid: int
+
+
+class WorkerPool:
+    """`size` workers for one verifier. Raises RuntimeError if they cannot be started."""
+
+    def __init__(self, verifier: str, size: int, deadline: float = 1.0):
+        self.size, self.deadline, self.kills = size, deadline, 0
+        self._command = [sys.executable, os.path.abspath(__file__), verifier, str(deadline)]
+        self._nursery: subprocess.Popen | None = None
+        self._lock = threading.Lock()
+        self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
+        self._start_nursery()
+        for _ in range(size):
+            self._idle.put(self._fork())
+
+    def run(self, text: str, row: bytes) -> Verdict:
+        """The verdict on `text` and the JSON object `row`, or "timeout". Thread-safe; waits for an idle worker."""
+        worker = self._idle.get()
+        try:
+            if wait([worker.connection], 0):  # an idle worker has nothing to say: this is the end of a dead one
+                worker = self._fork()
+            worker.connection.settimeout(self.deadline)
+            worker.connection.sendall(b"[%s, %s]\n" % (json.dumps(text).encode(), row.replace(b"\n", b" ")))
+            return Verdict(**json.loads(worker.lines.readline()))
+        except TimeoutError:
+            self.kills += 1
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.connection.shutdown(socket.SHUT_RDWR)
+            return Verdict(0.0, "timeout", reason=f"it took longer than {self.deadline:g} s")
+        except (OSError, ValueError):
+            self.kills += 1
+            return Verdict(0.0, "timeout", reason="the worker died, out of memory or killed")
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            return Verdict(0.0, "timeout", reason=str(error))
+        finally:
+            self._idle.put(worker)
+
+    def _fork(self) -> Worker:
+        with self._lock:
+            for _attempt in range(2):
+                ours, theirs = socket.socketpair()
+                ours.settimeout(START_SECONDS)
+                with contextlib.suppress(OSError, ValueError):
+                    with theirs:
+                        socket.send_fds(self._control, [b"f"], [theirs.fileno()])
+                    lines = ours.makefile("rb")
+                    return Worker(ours, lines, int(lines.readline()))
+                self._start_nursery()  # the one before is dead, or as good as dead
+        raise RuntimeError("no worker can be started: `import math_verify` fails, or memory is short")
+
+    def _start_nursery(self) -> None:
+        if self._nursery:
+            os.killpg(self._nursery.pid, signal.SIGKILL)  # its process group is itself and its workers
+            self._nursery.wait(START_SECONDS)
+        # No secret of the server is in its environment. gmpy2 would do arithmetic in C calls that allocate past limits.
+        keep = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "VIRTUAL_ENV", "HOME")
+        environment = {key: os.environ[key] for key in keep if key in os.environ}
+        environment |= {"SYMPY_GROUND_TYPES": "python", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
+        self._control, theirs = socket.socketpair()
+        fd, null = theirs.fileno(), subprocess.DEVNULL
+        with theirs:
+            self._nursery = subprocess.Popen(
+                [*self._command, str(fd)],
+                pass_fds=[fd],
+                env=environment,
+                stdin=null,
+                stdout=null,
+                stderr=null,
+                start_new_session=True,
+            )
+
+
+# -- the other side of the sockets: the nursery and its workers --------------------------------------------------------
+
+WARM_UP = [  # sympy fills caches when it is first used; what is filled before the forks, every worker has
+    (r"\frac{\sqrt{3}}{2}", r"\sqrt{\frac{3}{4}}"),
+    (r"\sum_{k=1}^{3} k^2", r"\log_2 8x + e^{i\pi}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}+x"),
+    ("y=2x+3", "2x-y+3=0"),
+]
+
+
+def nursery(name: str, deadline: str, control_fd: str) -> None:
+    """Fork a worker for each file descriptor that arrives; end with the process that sends them."""
+    logging.disable(logging.CRITICAL)
+    verifier = load_verifier(name)
+    for gold, answer in WARM_UP if verifier is algebra else []:
+        math_verifier.compare(gold, answer, algebra=True)
+    os.chdir("/")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries dead workers
+    control = socket.socket(fileno=int(control_fd))
+    while fds := socket.recv_fds(control, 1, 1)[1]:
+        if os.fork() == 0:
+            control.close()
+            try:
+                work(socket.socket(fileno=fds[0]), verifier, float(deadline))
+            finally:
+                os._exit(0)
+        os.close(fds[0])
+    os.killpg(0, signal.SIGKILL)  # this process and all workers, busy or not
+
+
+def work(connection: socket.socket, verifier: Callable[..., Any], deadline: float) -> None:
+    """A worker's life: say who it is, then answer each line with a verdict."""
+    stream = connection.makefile("rwb")
+    start = confine()
+    reply = str(os.getpid()).encode()
+    while peak_mb() - start < MAX_GROWTH_MB:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        stream.write(reply + b"\n")
+        stream.flush()
+        line = stream.readline()
+        # The kernel ends this process, even inside a C call, should nobody else be left to do it.
+        signal.setitimer(signal.ITIMER_REAL, 2 * deadline + 1)
+        reply = answer_line(verifier, line)
+
+
+def answer_line(verifier: Callable[..., Any], line: bytes) -> bytes:
+    """The fields of a Verdict as JSON: what the verifier returned, or "timeout" if it failed, which is not "wrong"."""
+    try:
+        result = verifier(*json.loads(line))
+        reward = float(getattr(result, "reward", result))
+        status = getattr(result, "status", "correct" if reward > 0 else "wrong")
+        if not math.isfinite(reward) or status not in STATUSES:
+            raise ValueError(f"the verifier returned reward {reward} and status {status!r}")
+        answer = getattr(result, "extracted_answer", None)
+        fields = {"reward": reward, "status": status, "extracted_answer": answer and str(answer)[:2_000]}
+    except Exception as error:  # out of memory or stack, confined, or a bug
+        fields = {"reward": 0.0, "status": "timeout", "reason": f"{type(error).__name__}: {error}"[:300]}
+    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def confine() -> int:
+    """Take from this process what a verifier does not need, for good. The peak of its memory so far, in MB."""
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise PermissionError("workers do not write files")
+        if event.startswith(("os.", "subprocess.", "socket.", "shutil.", "ctypes.dl")):
+            if event not in ("os.listdir", "os.scandir", "os.walk"):
+                raise PermissionError(f"workers do not use {event}")
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MB << 20, MEMORY_MB << 20))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(5)  # the server's event loop goes first
+    sys.setrecursionlimit(3_000)
+    sys.addaudithook(audit)
+    return peak_mb()
+
+
+def peak_mb() -> int:
+    """The most memory that this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+if __name__ == "__main__":
+    nursery(*sys.argv[1:])

@@ -304,12 +304,12 @@ def _forget_pool() -> None:
 os.register_at_fork(after_in_child=_forget_pool)
 
 
-def exact_verdict(text: str, expected_answer: str, bare_number: bool = False) -> Verdict | tuple[str, str]:
+def exact_verdict(text: str, expected_answer: str, lenient: bool = False) -> Verdict | tuple[str, str]:
     """The verdict if it takes no algebra, else (gold, answer) for a worker. Microseconds, safe on an event loop."""
     gold = expected_answer.strip()
     if not gold:
         return Verdict(0.0, "unparsable_gold")
-    answer = extract_answer(text, bare_number=bare_number)
+    answer = extract_answer(text, lenient=lenient)
     if not answer:
         return Verdict(0.0, "no_answer")
     gold = _gold_box(gold)
@@ -329,9 +329,9 @@ def _gold_box(gold: str) -> str:
     return (extract_answer(gold) or gold) if "\\boxed" in gold else gold
 
 
-def verify(response_text: str, expected_answer: str, *, bare_number: bool = False) -> Verdict:
+def verify(response_text: str, expected_answer: str, *, lenient: bool = False) -> Verdict:
     """Verify one response in this process. Algebra runs in lazily started workers under the same hard deadline."""
-    verdict = exact_verdict(response_text, expected_answer, bare_number)
+    verdict = exact_verdict(response_text, expected_answer, lenient)
     if isinstance(verdict, Verdict):
         return verdict
     gold, answer = verdict
@@ -404,7 +404,7 @@ class Settings:
     deadline: float = 1.0
     max_queue: int = 1_024
     verifier: str = "math"
-    bare_number: bool = False
+    lenient: bool = False
     token: str | None = None
     judge: Judge | None = None
     cache_size: int = 50_000
@@ -504,7 +504,7 @@ class RewardServer:
             if name != "math":
                 result = await self.custom(name, text, gold), None
             else:
-                exact = exact_verdict(text, gold, self.settings.bare_number)
+                exact = exact_verdict(text, gold, self.settings.lenient)
                 result = await self.finish(exact, item.get("question", ""), gold, lane)
         except Exception as error:  # a bug of ours must not become a reward of 0: report "could not verify"
             print(f"verification failed: {type(error).__name__}: {error}", file=sys.stderr)
@@ -568,7 +568,7 @@ class RewardServer:
             exact = None
             if simple and (item.get("verifier") or self.settings.verifier) == "math":
                 try:
-                    exact = exact_verdict(item["text"], item["expected_answer"], self.settings.bare_number)
+                    exact = exact_verdict(item["text"], item["expected_answer"], self.settings.lenient)
                 except Exception:
                     exact = None  # self.verdict reports it
             if isinstance(exact, Verdict):
@@ -783,7 +783,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-queue", type=int, default=1_024, help="waiting comparisons before 429")
     parser.add_argument("--verifier", default="math", help=f"default verifier: {', '.join(VERIFIERS)}")
     parser.add_argument(
-        "--bare-number", action="store_true", help="accept a bare last number as the answer (not for training)"
+        "--lenient", action="store_true", help="accept a bare last number as the answer (not for training)"
     )
     parser.add_argument("--judge-url", help="OpenAI-compatible server to ask where the rules said no")
     parser.add_argument("--judge-model", help="its model name (default: the first it lists)")
@@ -837,7 +837,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.judge_url
         else None
     )
-    settings = Settings(args.workers, args.deadline, args.max_queue, args.verifier, args.bare_number, token, judge)
+    settings = Settings(args.workers, args.deadline, args.max_queue, args.verifier, args.lenient, token, judge)
     app = RewardServer(settings, pool)
 
     class Server(uvicorn.Server):

@@ -129,15 +129,21 @@ NUMBERS = [
     ("1000000", "10^6", True),
     ("1000000", "10^{6}", True),
     ("1000000", "106", False),
-    # a gold with a decimal point: its printed digits
-    ("3.14", r"\pi", True),
-    ("3.14", "3.14159", True),
+    # a decimal is exact, unless the gold is marked as rounded
+    ("3.14", r"\pi", False),
+    ("3.14", "3.14159", False),
+    (r"\approx 3.14", r"\pi", True),
+    (r"\approx 3.14", "3.14159", True),
+    (r"\approx 3.14", "3.15", False),
+    ("3.3", r"\frac{10}{3}", False),
+    ("3.5", "3.46", False),
     ("3.14", "3.1", False),
     ("3.14", "3.15", False),
-    ("0.33", "1/3", True),
-    ("0.33", r"\frac{1}{3}", True),
+    ("0.33", "1/3", False),
+    (r"\approx 0.33", r"\frac{1}{3}", True),
     ("0.0000672", "0.000067", False),
-    ("1.41", r"\sqrt{2}", True),
+    ("1.41", r"\sqrt{2}", False),
+    (r"\approx 1.41", r"\sqrt{2}", True),
     ("1.42", r"\sqrt{2}", False),
     ("6.4", r"\frac{32}{5}", True),
     (r"\pi", "3.14", False),
@@ -304,7 +310,7 @@ MORE = [
     ("6", r"\text{6 is wrong}", False),
     ("12", r"\text{12 cm}", True),
     ("5x-7y+11z+4=0", "-5x+7y-11z-4=0", True),
-    ("8", "2^{3}=8", False),
+    ("8", "2^{3}=8", True),
     ("4", r"\{4, 4\}", False),
     ("No", "no", True),
     ("no", "No", True),
@@ -334,7 +340,7 @@ MORE = [
     ("n", "n!", False),
     ("6", "3!", True),
     ("720", "3!!", False),
-    ("0.333333", r"\frac{1}{3}", True),
+    ("0.333333", r"\frac{1}{3}", False),
     ("0", r"\sin \pi", True),
     ("0", r"\emptyset", False),
     (r"\text{none}", "0", False),
@@ -629,7 +635,7 @@ EXTRACTION = [
     (r"\boxed{1} </think> nothing", None),
     (r"<think>\boxed{1}</think> \boxed{2}", "2"),
     (r"\boxed{1}</think></think> \boxed{2}", "2"),
-    (r"\boxed{2} <think>\boxed{1}", "1"),
+    (r"\boxed{2} <think>\boxed{1}", "2"),  # reasoning that was cut off
     (r"\boxed{7}" + "x" * 70_000, None),  # outside the last 64 KB
     ("x" * 70_000 + r"\boxed{7}", "7"),
     (r"\boxed{" + "1" * 2_001 + "}", None),
@@ -671,11 +677,11 @@ def test_extraction(text: str, answer: str | None) -> None:
     assert (verify(text, "42").status == "no_answer") == (answer is None)
 
 
-def test_bare_number_only_by_option() -> None:
+def test_lenient_only_by_option() -> None:
     text = "We get 6 * 7 = 42"
     assert verify(text, "42").status == "no_answer"
-    assert verify(text, "42", bare_number=True).reward == 1.0
-    assert verify(text, "6", bare_number=True).reward == 0.0
+    assert verify(text, "42", lenient=True).reward == 1.0
+    assert verify(text, "6", lenient=True).reward == 0.0
 
 
 def test_verified_separates_wrong_from_unknown() -> None:

@@ -670,7 +670,7 @@ def _any(values: list[bool | None]) -> bool | None:
 def _same_items(gold: tuple[str, ...], answer: tuple[str, ...], ordered: bool, rest: Rest) -> bool | None:
     if len(gold) != len(answer) or len(gold) > MAX_LIST_ITEMS or not all(gold) or not all(answer):
         return False
-    if ordered or any("=" in item for item in gold):  # x = 1, y = 2 names its places
+    if ordered or _named_values(gold):  # x = 1, y = 2 names its places
         in_order = _all([compare(g, a, *rest) for g, a in zip(gold, answer, strict=True)])
         if ordered or in_order is not False or not all("=" in item for item in answer):
             return in_order
@@ -759,7 +759,7 @@ def _compare_text(gold: str, answer: str) -> bool | None:
     if gold_choice and choice:
         hedged = label and _SECOND_CHOICE.search(prose, label.end())
         return gold_choice[1].upper() == choice[choice.lastindex].upper() and not hedged
-    letters = [re.sub(r"\\text|[{}(),\s]|\band\b", "", text) for text in (gold, answer)]
+    letters = [re.sub(r"\\text|[{},\s]|\band\b", "", text) for text in (gold, answer)]
     if all(_CAPITALS.fullmatch(text) for text in letters) and ("," in gold) + ("," in answer) < 2:
         return letters[0] == letters[1]
     gold_words, answer_words = _words(gold), _words(answer)

@@ -40,6 +40,7 @@ boxes inside reasoning, refuses 50 for 50\%, and accepts 50\% for 0.5.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 import unicodedata
@@ -199,20 +200,26 @@ def _table(rows: str) -> tuple[tuple[re.Pattern[str], str], ...]:
     return tuple((re.compile(pair[0], re.S), (pair[1:] or [""])[0].replace("~", " ")) for pair in pairs)
 
 
-# Signs to LaTeX. The signs ≤ ≥ ≠ ± ∓ ≈ ∪ ∖ ∞ ° are what LaTeX is rewritten to, as one character is easier to look for.
+def _dictionary(rows: str) -> dict[str, str]:
+    """`leq le ≤|geq ge ≥` as {"leq": "≤", "le": "≤", ...}; ~ stands for a space."""
+    words = [row.split() for row in rows.split("|")]
+    return {name: value.replace("~", " ") for *names, value in words for name in names}
+
+
+# Signs to LaTeX, and commands to the signs ≤ ≥ ≠ ± ∓ ≈ ∪ ∖ ∞, which are easier to look for.
 _SIGNS = str.maketrans(
-    dict(
-        pair.split(" ", 1)
-        for pair in re.split(
-            r"[|\n]",
-            r"""− -|– -|— -|‐ -|‑ -|× \times |· \cdot |⋅ \cdot |∙ \cdot |• \cdot |÷ /|∕ /|π \pi |∩ \cap |∈ \in |º °|′ '|’ '
-θ \theta |α \alpha |β \beta |λ \lambda |ℝ \mathbb{R}|∅ \emptyset |。 .|、 ,|⌊ \lfloor |⌋ \rfloor |⌈ \lceil |⌉ \rceil
-和 \text{ and }|或 \text{ or }|√ \sqrt |∛ \sqrt[3]|¢ \text{ cents}|→ \to |€ EUR |£ GBP""",
-        )
-    )
+    _dictionary(r"""− – — ‐ ‑ -|× \times~|· ⋅ ∙ • \cdot~|÷ ∕ /|π \pi~|∩ \cap~|∈ \in~|º °|′ ’ '|θ \theta~|α \alpha~
+    |β \beta~|λ \lambda~|ℝ \mathbb{R}|∅ \emptyset~|。 .|、 ,|⌊ \lfloor~|⌋ \rfloor~|⌈ \lceil~|⌉ \rceil~|和 \text{~and~}
+    |或 \text{~or~}|√ \sqrt~|∛ \sqrt[3]|¢ \text{~cents}|→ \to~|€ EUR|£ GBP""")
     | {"\u2009": r"\,", "\u202f": r"\,"}
 )
+_COMMANDS = _dictionary(r"""le leq leqq leqslant ≤|ge geq geqq geqslant ≥|ne neq ≠|lt <|gt >|pm ±|mp ∓|approx ≈|cup ∪
+    |setminus backslash ∖|infty ∞|lbrace \{|rbrace \}|langle (|rangle )|dfrac tfrac cfrac \frac~|dbinom tbinom \binom~
+    |varnothing \emptyset~|euro EUR|pounds GBP|degree textdegree °|lvert rvert vert mid ¦|R Reals \mathbb{R}
+    |left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits
+    normalsize small large Large LARGE huge Huge hline quad qquad ~""")
 _MARKS = {"<super>": "^{%s}", "<sub>": "_{%s}"}
+_COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _TOKEN = r"(?:[0-9a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument without braces
 _BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _NEAT = re.compile(r"[-+]?[\d.,]{1,40}|[a-zA-Z]")  # nothing to rewrite but the commas
@@ -236,44 +243,27 @@ _FONTS = _table(r"""
 """)
 _SPELLING = _table(
     rf"""
-    \\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])\s?\.?(?!\d)
-    \\(?:normalsize|small|[lL]arge|LARGE|[hH]uge)(?![a-zA-Z])\s?|\\(?:textcolor|color)\s?\{{[^{{}}]*\}}
-    (?<=\\\\)\[[\d.]+[a-z]+\]|\\hline(?![a-z])|,?\\!
-    \{{ ?, ?\}}(?= ?\d)  ,
-    (?<!\\)\\[,;:> ]|\{{\\,\}}|\\q?quad(?![a-zA-Z])|\\[hv]space\*?(?:\{{[^{{}}]*\}}| ?[-+\d])|~|[\s\x00-\x1f]+  ~
-    \\[dtc]frac(?![a-zA-Z])  \\frac
-    \\[dt]binom(?![a-zA-Z])  \\binom
+    (?<=\\\\)\[[\d.]+[a-z]+\]|,?\\!|\\(?:textcolor|color)\s?\{{[^{{}}]*\}}
+    (?<!\\)\\[,;:> ]|\{{\\,\}}|\\[hv]space\*?\{{[^{{}}]*\}}|~|[\s\x00-\x1f]+  ~
     \{{([^{{}}]*)\\choose(?![a-zA-Z])([^{{}}]*)\}}  \\binom{{\1}}{{\2}}
     (?:\{{ ?\}})?\^ ?\{{?(\d+)\}}? ?C ?_ ?\{{?(\d+)\}}?  \\binom{{\1}}{{\2}}
-    \\(?:leqslant|leqq?|le)(?![a-zA-Z])|<=  ≤
-    \\(?:geqslant|geqq?|ge)(?![a-zA-Z])|>=  ≥
-    \\(?:neq?)(?![a-zA-Z])|!=  ≠
-    \\lt(?![a-zA-Z])  <
-    \\gt(?![a-zA-Z])  >
-    \\pm(?![a-zA-Z])  ±
-    \\mp(?![a-zA-Z])  ∓
-    \\approx(?![a-zA-Z])  ≈
-    \\cup(?![a-zA-Z])  ∪
-    \\(?:setminus|backslash)(?![a-zA-Z])|(?<=[)\]]) ?- ?(?=\\\{{)  ∖
-    \+? ?(?:\\infty(?![a-zA-Z])|\\text\{{ ?infinity ?\}}|(?<![a-zA-Z\\])infinity(?![a-zA-Z])|∞)  ∞
-    \\lbrace(?![a-zA-Z])  \\{{
-    \\rbrace(?![a-zA-Z])  \\}}
-    \\langle(?![a-zA-Z])  (
-    \\rangle(?![a-zA-Z])  )
-    \\(?:[lr]?vert|mid)(?![a-zA-Z])  |
+    <=  ≤
+    >=  ≥
+    !=  ≠
+    (?<=[)\]]) ?- ?(?=\\\{{)  ∖
+    \+? ?∞|\\text\{{ ?infinity ?\}}|(?<![a-zA-Z\\])infinity(?![a-zA-Z])  ∞
     \\text\{{ ?cis ?\}}|(?<![a-zA-Z\\])cis(?![a-zA-Z])  \\cis~
     \\p?mod(?![a-zA-Z]) ?(\w+)  \\pmod{{\1}}
     (?<=\d)(?: ?\\text\{{ ?to ?\}} ?| to )(?=\d)  :
     (?<=[\d.])\\dot ?\{{?(\d)\}}?(?:(\d*)\\dot ?\{{?(\d)\}}?)?  \\overline{{\1\2\3}}
     (?<=\d\.)(\d*)\((\d+)\)$|(?<=[\d.])\\bar ?\{{?(\d+)\}}?  \1\\overline{{\2\3}}
-    \s?(?:\^ ?\{{? ?(?:\\circ|°) ?\}}?|\\(?:text)?degree(?![a-z])|\\text\{{ ?deg(?:ree)?s?\.? ?\}})  °
-    (?<=[\d}}]) degrees?\b  °
+    \s?(?:\^ ?\{{? ?(?:\\circ|°) ?\}}?|\\text\{{ ?deg(?:ree)?s?\.? ?\}}|(?<=[\d}}]) degrees?\b)  °
     ° ?(?:\\text\{{ ?)?([CF])(?: ?\}})?$  \\text{{\1}}
     \s?(?:\\%|\\text\{{ ?(?:\\?%|per ?cent(?:age)?|pct) ?\}}|(?<=[\d}}]) ?(?:per ?cent(?:age)?|pct)\b)  %
     \\text\{{ ?(?:the set of )?all real(?: number)?s ?\}}|^(?:the set of )?all real(?: number)?s$  \\mathbb{{R}}
     \\mathbb ?\{{? ?R ?\}}? ?(?:[\^_] ?\{{?\+\}}?|_ ?\{{ ?> ?0 ?\}})  (0,∞)
-    (?:\\mathbb ?(?:\{{ ?R ?\}}|R)|\\(?:R|Reals))(?![a-zA-Z_^]| [_^])  (-∞,∞)
-    \\varnothing(?![a-zA-Z])|\\\{{\s*\\\}}  \\emptyset
+    \\mathbb ?(?:\{{ ?R ?\}}|R(?![a-zA-Z]))(?! ?[_^])  (-∞,∞)
+    \\\{{\s*\\\}}  \\emptyset
     (\\frac|\\binom|\\sqrt\[[^\]]*\]) ?({_TOKEN})  \1{{\2}}
     (\\(?:frac|binom) ?{_BRACES}) ?({_TOKEN})  \1{{\2}}
     \\sqrt ?(\d+(?:\.\d+)?|{_TOKEN})  \\sqrt{{\1}}
@@ -283,18 +273,12 @@ _SPELLING = _table(
     (?i)^(?:the |my )?(?:final )?answer(?: is:? ?|: ?)|^\\text\{{ ?(?:the )?(?:final )?answer(?: is:?|:) ?\}} ?
     ^\\text\{{ ?([-+]?[\d.,/]+) ([a-zA-Z ./]+)\}}$  \1\\text{{~\2}}
     (?<=\d)(?:\^?\{{?\\text\{{(?:st|nd|rd|th)\}}\}}?|(?:st|nd|rd|th))$
-    (?<=\d) ?\\text\{{ ?and ?\}} ?(?=\\frac\{{\d+\}}\{{\d+\}}$)
     \\frac ?\{{ ?\\text\{{([^{{}}]*)\}} ?\}} ?\{{ ?\\text\{{([^{{}}]*)\}} ?(\^ ?\d)? ?\}}  \\text{{\1/\2\3}}
     \\?\$(?= ?[-+]?[\d.\\])|(?<=\d) ?\\?\$$  USD
-    \\euro(?![a-z])  EUR
-    \\pounds(?![a-z])  GBP
     (?:^|(?<=[=≈])) ?([-+]?) ?(?:US)?(USD|EUR|GBP) ?(.*)  \1\3\\text{{~\2}}
     (?<=\d) ?(USD|EUR|GBP)$  \\text{{~\1}}
-    \\text\{{([^{{}}]*)\}} ?/ ?\\text\{{  \\text{{\1/
     """
 )
-
-
 _MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _MULTIPLE = re.compile(r"(?<=\d) ?(\\text\{ ?)?(hundred|thousand|million|billion|trillion)s?\b(?(1)( [a-z ]+)? ?\})")
 _ROWS = re.compile(r"\\begin ?\{(cases|aligned|align\*?|gathered|array)\}(?: ?\{c\})?(.*)\\end ?\{\1\}", re.S)
@@ -352,6 +336,7 @@ def normalise(text: str) -> str:
         text = text.replace("\\\\", "\\")
     text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     if not _NEAT.fullmatch(text):
+        text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text).replace("¦", "|")
         for pattern, replacement in (_FONTS * 3 if "\\" in text else ()) + _SPELLING:
             text = pattern.sub(replacement, text)
         text = _unwrap(_ROWS.sub(_fix_rows, _MULTIPLE.sub(_fix_multiple, text)))
@@ -445,38 +430,27 @@ _FRACTION = re.compile(rf"(?:(\d+) ?)?\\frac ?\{{ ?{_SIGNED} ?\}} ?\{{ ?{_SIGNED
 _SLASH = re.compile(rf"(?:(\d+) (?:and )?)?()({_DECIMAL}) ?/ ?(-?)({_DECIMAL})")
 
 
-@dataclass(frozen=True, slots=True)
-class Number:
-    """An exact value. `quantum` is the last printed digit of a decimal (1/100 for 3.14), 1 for whatever else."""
-
-    value: Fraction
-    quantum: Fraction = Fraction(1)
+def _decimal(text: str) -> Fraction:
+    return Fraction("0" + text.replace(" ", "") + ("0" if text.endswith(".") else ""))
 
 
-def _decimal(text: str) -> tuple[Fraction, Fraction]:
-    whole, _, digits = text.replace(" ", "").partition(".")
-    scale = 10 ** len(digits)
-    return Fraction(int((whole or "0") + digits), scale), Fraction(1, scale)
-
-
-def _unsigned(text: str) -> tuple[Fraction, Fraction] | None:
+def _unsigned(text: str) -> Fraction | None:
     if match := _NUMBER.fullmatch(text):
-        value, quantum = _decimal(match[1])
-        if match[2]:
-            value += quantum * Fraction(int(match[2]), 10 ** len(match[2]) - 1)
-        power = Fraction(10) ** int((match[3] or match[4] or match[5] or "0").replace(" ", ""))
-        return value * power, quantum * power
+        value = _decimal(match[1])
+        if match[2]:  # 0.\overline{3}
+            value += Fraction(int(match[2]), (10 ** len(match[2]) - 1) * 10 ** len(match[1].partition(".")[2]))
+        return value * Fraction(10) ** int((match[3] or match[4] or match[5] or "0").replace(" ", ""))
     match = _FRACTION.fullmatch(text) or _SLASH.fullmatch(text)
-    if not match or not (bottom := _decimal(match[5])[0]):
+    if not match or not (bottom := _decimal(match[5])):
         return None
-    value = _decimal(match[3])[0] / bottom
+    value = _decimal(match[3]) / bottom
     if match[1]:  # 2\frac{3}{2} is not a mixed number
-        return (value + int(match[1]), Fraction(1)) if value < 1 and not match[2] + match[4] else None
-    return (-value if (match[2] == "-") != (match[4] == "-") else value), Fraction(1)
+        return value + int(match[1]) if value < 1 and not match[2] + match[4] else None
+    return -value if (match[2] == "-") != (match[4] == "-") else value
 
 
 @lru_cache(maxsize=4_096)
-def parse_number(text: str) -> Number | None:
+def parse_number(text: str) -> Fraction | None:
     """Parse a normalised answer that is one number without a unit, exactly; None if it is anything else."""
     if len(text) > 1_000 or not any(char.isdigit() for char in text):
         return None
@@ -486,15 +460,12 @@ def parse_number(text: str) -> Number | None:
             text = text[1:-1].strip()
         if not sign and text.startswith(("+", "-")):
             sign, text = text[0], text[1:].lstrip()
-    parsed = _unsigned(text)
-    return Number(-parsed[0] if sign == "-" else parsed[0], parsed[1]) if parsed else None
+    value = _unsigned(text)
+    return -value if sign == "-" and value is not None else value
 
 
-def _rounds_to(value: Fraction, printed: Number) -> bool:
-    """Whether a value, rounded half away from zero, has the printed digits."""
-    scaled = abs(value) / printed.quantum
-    rounded = (2 * scaled.numerator + scaled.denominator) // (2 * scaled.denominator) * printed.quantum
-    return (rounded if value >= 0 else -rounded) == printed.value
+def _is_number(text: str) -> bool:
+    return parse_number(split_unit(text)[0]) is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,11 +495,8 @@ class Group:
 
 def _split(text: str, separators: str) -> tuple[list[str], str]:
     """The parts between the separators that are outside every bracket, and these separators."""
-    places = (
-        [i for i, token, depth in _walk(text) if depth <= 0 and token in separators]
-        if any(separator in text for separator in separators)
-        else []
-    )
+    found = any(separator in text for separator in separators)
+    places = [i for i, token, depth in _walk(text) if depth <= 0 and token in separators] if found else []
     ends = zip([-1, *places], [*places, len(text)], strict=True)
     return [text[start + 1 : end].strip() for start, end in ends], "".join(text[i] for i in places)
 
@@ -555,7 +523,7 @@ def parse_group(text: str) -> Group | None:
         return None
     if not kind and ":" in text and "," not in text:  # 3:2, 8:34 p.m.
         parts = tuple(_split(text, ":")[0])
-        return Group(":", parts) if all(parse_number(split_unit(part)[0]) for part in parts) else None
+        return Group(":", parts) if all(map(_is_number, parts)) else None
     if kind not in ("", "{}") and "±" in content:
         return Group("list", tuple(_signs(text)))
     items = _list_items(content)
@@ -701,8 +669,8 @@ def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bo
         return True
     (gold_core, gold_unit), (answer_core, answer_unit) = split_unit(gold), split_unit(answer)
     gold_number, answer_number = parse_number(gold_core), parse_number(answer_core)
-    if gold_number and answer_number:
-        return gold_number.value == answer_number.value and not units_differ(gold_unit, answer_unit)
+    if gold_number is not None and answer_number is not None:
+        return gold_number == answer_number and not units_differ(gold_unit, answer_unit)
     if len(gold) > MAX_BOX_CHARS:
         raise UnparsableGold(gold[:80])
     rest = (algebra, depth + 1)
@@ -719,7 +687,7 @@ def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bo
     if gold_group and answer_group:
         return _compare_groups(gold_group, answer_group, rest)
     for group, text, other in ((gold_group, gold, answer), (answer_group, answer, gold)):
-        if group and group.kind == "{}" and len(group.items) == 1 and parse_number(split_unit(group.items[0])[0]):
+        if group and group.kind == "{}" and len(group.items) == 1 and _is_number(group.items[0]):
             return compare(group.items[0], other, *rest) if text is gold else compare(other, group.items[0], *rest)
         if group and (group.kind in ("list", "{}") or "=" not in other):
             return False  # {5} is 5, but {4, 5} is not, nor is (4, 5); z = (4, 5) may be
@@ -739,15 +707,18 @@ def _compare_rounded(gold: str, answer: str, rest: Rest) -> bool | None:
 
 
 def _rounds(exact: str, note: str, rest: Rest) -> bool | None:
-    """Whether an exact value (or the last side of a chain) has the printed digits of a note."""
+    """Whether an exact value (or the last side of a chain), rounded half away from zero, has the digits of a note."""
     (exact, exact_unit), (note, note_unit) = (split_unit(normalise(text.rpartition("=")[2])) for text in (exact, note))
     printed, value = parse_number(note), parse_number(exact)
-    if not printed or units_differ(note_unit, exact_unit):
+    if printed is None or units_differ(note_unit, exact_unit):
         return False
-    if not value and not rest[0]:
+    if value is None and not rest[0]:
         return None
-    number = value.value if value else _numeric_value(exact)
-    return number is not None and _rounds_to(number, printed)
+    value = _numeric_value(exact) if value is None else value
+    if value is None or value * printed < 0:
+        return False
+    scale = 10 ** len(re.sub(r"[^\d].*", "", note.partition(".")[2]))
+    return math.floor(abs(value) * scale + Fraction(1, 2)) == abs(printed) * scale
 
 
 def _compare_text(gold: str, answer: str) -> bool | None:
@@ -768,7 +739,7 @@ def _compare_text(gold: str, answer: str) -> bool | None:
     if gold_words and "=" not in answer and not _AND.search(answer) and not _OR.search(answer):
         return _plain(re.sub(r"\\text\{([^{}]*)\}", r"\1", answer)) == gold_words
     bases = [_BASE.fullmatch(_squeeze(text)) for text in (gold, answer)]
-    if "=" not in answer and (bases[0] or parse_number(gold)) and any(base and base[2][0].isdigit() for base in bases):
+    if "=" not in answer and (bases[0] or _is_number(gold)) and any(base and base[2][0].isdigit() for base in bases):
         read = [base and (base[1], base[2].upper(), _BASE_WORDS.get(base[3], base[3])) for base in bases]
         return bool(read[0]) and read[0] == read[1]
     return None
@@ -830,7 +801,7 @@ def _compare_chains(gold: str, answer: str, rest: Rest) -> bool | None:
     if gold_assigned and answer_assigned:
         if _same_name(gold_assigned[0], answer_assigned[0]):
             return _all([compare(gold_assigned[1][-1], value, *rest) for value in answer_assigned[1]])
-        if parse_number(split_unit(gold_assigned[1][-1])[0]):
+        if _is_number(gold_assigned[1][-1]):
             return False  # x = 1 is not y = 1
     same = _same_items(tuple(gold_sides), tuple(answer_sides), False, rest)
     return same or _compare_relations(gold_sides, gold_signs, answer_sides, answer_signs, rest)

@@ -72,9 +72,7 @@ def _walk(text: str) -> Iterator[tuple[int, str, int]]:
         yield match.start(), match[0], depth
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Extraction
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Extraction -------------------------------------------------------------------------------------------------------
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}(\{)|\\boxed(?:\s{1,8}|(?=\d))([^\s{]\S{0,39})")
 _BETWEEN_BOXES = re.compile(
@@ -120,19 +118,16 @@ def _last_boxes(text: str) -> tuple[int, str] | None:
     contents: list[str] = []
     last = following = stop = len(text)
     for _ in range(MAX_BOX_TRIES):
-        stop = max(text.rfind("\\boxed", 0, stop), text.rfind("\\fbox", 0, stop))
+        stop = max(text.rfind("\\boxed", 0, max(stop, 0)), text.rfind("\\fbox", 0, max(stop, 0)))
         match = _BOX.match(text, stop) if stop >= 0 else None
-        end = -1
-        if match:
-            end = _closing(text, match.end() - 1) if match[1] else match.end() - 1
+        end = match.end() - 1 if match else -1
+        if match and match[1]:
+            end = _closing(text, end)
         if contents and (end < 0 or not _BETWEEN_BOXES.fullmatch(text[end + 1 : following][:80])):
             break
         if end >= 0:
-            last = last if contents else stop
-            following = stop
+            last, following = (last if contents else stop), stop
             contents.insert(0, text[match.end() : end].strip() if match[1] else match[2].strip("$."))
-        elif stop < 0:
-            return None
     return (last, ", ".join(contents) if all(contents) else "") if contents else None
 
 
@@ -153,13 +148,11 @@ def _last_statement(text: str) -> tuple[int, str] | None:
     """Where the last "Answer: ..." or the like begins, and what it says. Searched backwards, with as many tries."""
     stop = len(text)
     for _ in range(MAX_BOX_TRIES):
-        stop = max(text.rfind(needle, 0, stop) for needle in ("nswer", "NSWER", "####", "答案"))
+        stop = max(text.rfind(needle, 0, max(stop, 0)) for needle in ("nswer", "NSWER", "####", "答案"))
         match = _STATEMENT.match(text, stop) if stop >= 0 else None
         for line in match.groups() if match else ():
             if line and (value := _tidy_line(line)):
                 return stop, value
-        if stop <= 0:
-            break
     return None
 
 
@@ -178,7 +171,7 @@ def _fall_back(text: str) -> str | None:
 def extract_answer(text: str, *, lenient: bool = False) -> str | None:
     """Return the answer written in a response, or None. Linear time, at most the last 64 KB are read."""
     opened, closed = text.rfind("<think>"), text.rfind("</think>")
-    text = text[:opened] if opened > closed else text[closed + len("</think>") if closed >= 0 else 0 :]
+    text = text[:opened] if opened > closed else text.rpartition("</think>")[2]
     text = text[-TAIL_CHARS:]
     found = [item for item in (_last_boxes(text), _last_statement(text)) if item]
     if not found:
@@ -189,9 +182,7 @@ def extract_answer(text: str, *, lenient: bool = False) -> str | None:
     return answer or None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Normalisation: one spelling for what is written in many
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Normalisation: one spelling for what is written in many ----------------------------------------------------------
 
 
 def _table(rows: str) -> tuple[tuple[re.Pattern[str], str], ...]:
@@ -298,28 +289,23 @@ def _fix_rows(match: re.Match[str]) -> str:
 
 def _unwrap(text: str) -> str:
     """Strip math delimiters, emphasis, a whole-answer box, a trailing full stop or comma."""
-    for _ in range(6):
-        before = text
+    for _ in range(4):
         text = re.sub(r"(?:\\\\|(?<!\\),|(?<!\.)\.|\s)+$", "", text).lstrip()
         match = _WRAPPED.fullmatch(text)
         if match and (match[8] is None or _closing(text, text.index("{")) == len(text) - 1):
             text = match[match.lastindex]
-        if text == before:
-            break
     return text
 
 
 def _to_ascii(text: str) -> str:
+    """Other alphabets' digits, superscripts, fractions and mathematical signs as LaTeX."""
     parts = []
-    for mark, run in itertools.groupby(
-        text.translate(_SIGNS), lambda char: unicodedata.decomposition(char).split(" ")[0]
-    ):
+    marked = itertools.groupby(text.translate(_SIGNS), lambda char: unicodedata.decomposition(char).split(" ")[0])
+    for mark, run in marked:
         plain = unicodedata.normalize("NFKC", "".join(run)).translate(_SIGNS)
-        if mark == "<fraction>":
-            plain = re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", plain)
-        parts.append(_MARKS.get(mark, "%s") % plain)
-    text = "".join(char for char in "".join(parts) if unicodedata.category(char) != "Cf")
-    return "".join(char if char.isascii() else str(unicodedata.decimal(char, char)) for char in text)
+        parts.append(_MARKS.get(mark, "%s") % re.sub(r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}", plain))
+    visible = (char for char in "".join(parts) if unicodedata.category(char) != "Cf")
+    return "".join(char if char.isascii() else str(unicodedata.decimal(char, char)) for char in visible)
 
 
 @lru_cache(maxsize=4_096)
@@ -348,16 +334,14 @@ def _squeeze(text: str) -> str:
     return _LOOSE_SPACE.sub("", text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers, exactly, and the units behind them
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Numbers, exactly, and the units behind them ----------------------------------------------------------------------
 
 # Known units: canonical name and spellings.
-_UNIT_SPELLINGS = """cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|in inch inches
-ft foot feet|yd yard|mi mile|kg kilogram|g gram gm|mg milligram|lb pound|oz ounce|s sec second|min minute|h hr hour
+_UNIT_SPELLINGS = """cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|ft foot feet
+in inch inches|yd yard|mi mile|kg kilogram|g gram gm|mg milligram|lb pound|oz ounce|s sec second|min minute|h hr hour
 l liter litre|mol mole|ml milliliter millilitre|gal gallon|dollar usd|cent|euro eur|gbp|mi/h mph|km/h kmh kph|unit|point
-rad radian|hz hertz|am a.m|pm p.m|day|week|month|year yr|people person|child children|man men|woman women|way|solution|yuan
-n newton|j joule|w watt|v volt|c|f"""
+rad radian|hz hertz|am a.m|pm p.m|day|week|month|year yr|people person|child children|man men|woman women|way|solution
+yuan|n newton|j joule|w watt|v volt|c|f"""
 _UNITS = {
     word + plural: row.split()[0]
     for row in _UNIT_SPELLINGS.replace("\n", "|").split("|")
@@ -365,11 +349,23 @@ _UNITS = {
     for plural in ("", "s" * (len(word) > 1))
 }
 _COUNT = (
-    "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
-    r"|\w+teen|hundred|thousand|million|billion|trillion|dozen|score|half|halve|third|quarter"
+    "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|sixty|seventy|eighty"
+    r"|ninety|\w+teen|hundred|thousand|million|billion|trillion|dozen|score|half|halve|third|quarter"
 )
 # Words that make a number another number, or take it back.
 _NOT_A_UNIT = re.compile(
+    rf"\b(?:(?:{_COUNT}|negative|inverse|factorial|reciprocal|guesse?|percent|root)s?"
+    rf"|(?:{_COUNT}|\w+tie|fif|eigh|nin|twelf)ths?"
+    r"|is|was|isn|not?|or|and|but|if|then|than|the|be|nor|neither|either|minus|plus|times|over|by|divided|more|less|it|its"
+    r"|this|that|as|because|since|so|base|mod|modulo|where|for|with|without|to|through|versus|vs|from|until|equals|except"
+    r"|maybe|perhaps|about|roughly|approximately|wrong|at|below|above|under|unless|possibilities|of)\b"
+)
+_PLURAL = re.compile(r"(?:[a-z]+[ -]){0,3}[a-z]+[^sui\W]s")
+_POWERS = _table(r"""
+    ^(?:sq|square)\.? (.+)$|^(.+) squared$  \1\2^2
+    ^(?:cu|cubic)\.? (.+)$|^(.+) cubed$  \1\2^3
+""")
+_UNIT = re.compile(
     rf"\b(?:(?:{_COUNT}|negative|inverse|factorial|reciprocal|guesse?|percent|root)s?"
     rf"|(?:{_COUNT}|\w+tie|fif|eigh|nin|twelf)ths?"
     r"|is|was|isn|not?|or|and|but|if|then|than|the|be|nor|neither|either|minus|plus|times|over|by|divided|more|less|it|its"
@@ -389,12 +385,13 @@ def _unit(words: str) -> str:
     """The canonical name of a unit (m/s^2 for "meters per second squared"), or "" if the words are none."""
     names = []
     for part in re.split(r" ?/ ?| per ", words.lower().strip(" .")):
-        square, cubic, word, power, squared, cubed = _POWER.fullmatch(part).groups() if part else [""] * 6
+        for pattern, replacement in _POWERS:
+            part = pattern.sub(replacement, part)
+        word, caret, power = re.sub(r"[{} ]+(?=[-\d}]|$)", "", part).partition("^")
         name = _UNITS.get(word.strip(" ."))
         if name is None and (not _PLURAL.fullmatch(word) or _NOT_A_UNIT.search(word)):
             return ""
-        power = "2" if square or squared else "3" if cubic or cubed else power
-        names.append((name or word) + (f"^{power}" if power else ""))
+        names.append((name or word) + caret + power)
     return "/".join(names)
 
 
@@ -468,9 +465,7 @@ def _is_number(text: str) -> bool:
     return parse_number(split_unit(text)[0]) is not None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading: lists, sets, tuples, matrices, chains of relations
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Reading: lists, sets, tuples, matrices, chains of relations ------------------------------------------------------
 
 _OR = re.compile(r",? ?(?:\\text\{ ?,? ?or ?,? ?\}|(?<![a-zA-Z\\])or(?![a-z])|\\(?:lor|vee)(?![a-zA-Z])) ?")
 _AND = re.compile(r",? ?(?:\\text\{ ?,? ?(?:and|&) ?,? ?\}|(?<![a-zA-Z\\])and(?![a-z])|\\(?:land|wedge)(?![a-zA-Z])) ?")
@@ -607,9 +602,7 @@ def _assigned(sides: list[str], simple: bool) -> tuple[str, list[str]] | None:
     return (sides[0], sides[1:]) if len(sides) > 1 and _is_name(sides[0], simple) else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparison
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Comparison -------------------------------------------------------------------------------------------------------
 
 Rest = tuple[bool, int]  # (algebra allowed, nesting depth), passed on by the comparisons of parts
 
@@ -627,12 +620,12 @@ _SECOND_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[B-J]|A(?! [a-z]))(?![A-Za-z])|(
 
 def _all(values: list[bool | None]) -> bool | None:
     """Three-valued and: one False decides."""
-    return False if False in values else None if None in values else True
+    return False not in values and (None if None in values else True)
 
 
 def _any(values: list[bool | None]) -> bool | None:
     """Three-valued or: one True decides."""
-    return True if True in values else None if None in values else False
+    return True in values or (None if None in values else False)
 
 
 def _same_items(gold: tuple[str, ...], answer: tuple[str, ...], ordered: bool, rest: Rest) -> bool | None:
@@ -839,9 +832,7 @@ def _compare_values(gold: str, answer: str, rest: Rest) -> bool | None:
     return _same_value(gold, answer) if rest[0] else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Algebra: only in a process that can be killed
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Algebra: only in a process that can be killed --------------------------------------------------------------------
 
 
 class _Unreadable(Exception):
@@ -863,8 +854,9 @@ _KNOWN = re.compile(
 _LETTER = rf"(?:(?<![a-zA-Z\\])[a-zA-Z]|\\(?:{_GREEK})(?![a-zA-Z]))"
 # What is compared as written: derivatives, f'(0), vectors, names of angles and segments, words.
 _ATOM = re.compile(
-    r"\\frac ?\{ ?(?:\\partial|d)(?![a-zA-Z]{2})[^{}]*\} ?\{ ?(?:\\partial|d) ?[a-z][^{}]*\}|[a-zA-Z]'+(?: ?\([^()]*\))?"
-    r"|\\(?:vec|hat|bar|overline|tilde|angle|triangle|overrightarrow) ?(?:\{ ?[A-Za-z]+ ?\}|[A-Za-z]+)|\\text\{[^{}]*\}"
+    r"\\frac ?\{ ?(?:\\partial|d)(?![a-zA-Z]{2})[^{}]*\} ?\{ ?(?:\\partial|d) ?[a-z][^{}]*\}"
+    r"|[a-zA-Z]'+(?: ?\([^()]*\))?|\\text\{[^{}]*\}"
+    r"|\\(?:vec|hat|bar|overline|tilde|angle|triangle|overrightarrow) ?(?:\{ ?[A-Za-z]+ ?\}|[A-Za-z]+)"
 )
 _APPLIED = re.compile(rf"({_LETTER}(?:_\{{?\w+\}}?)?) ?\(([^()]*)\)")
 _RAISED = r"(?:\^ ?(?:\w|\{[^{}]*\}))? ?"
@@ -884,7 +876,10 @@ _EXPLICIT = _table(
     \^ ?([-+] ?\w)  ^{{\1}}
     """
 )
-_MISREAD = re.compile(r"\d\s+\d|[^\w\s\\+\-*/^(){}\[\]|!.=]|\b0 ?\^ ?\{? ?0|[\d)] ?_")
+_MISREAD = re.compile(
+    r"(?<![\\a-zA-Z])[a-zA-Z] ?\\times ?[a-zA-Z]|Q_\{\d+\} ?\\times|\d\s+\d"
+    r"|[^\w\s\\+\-*/^(){}\[\]|!.=]|\b0 ?\^ ?\{? ?0|[\d)] ?_"
+)
 
 
 def _too_complex(text: str) -> bool:

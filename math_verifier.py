@@ -52,7 +52,7 @@ from typing import Any
 
 TAIL_CHARS = 65_536
 MAX_BOX_CHARS = 2_000
-MAX_BOX_TRIES = 16
+MAX_TRIES = 16
 MAX_LIST_ITEMS = 40
 MAX_NESTING = 8  # lists in lists
 
@@ -110,23 +110,29 @@ def _closing(text: str, start: int) -> int:
     return -1
 
 
-def _last_boxes(text: str) -> tuple[int, str] | None:
-    """The last box that closes and the boxes joined to it: where the last one opens, and their contents as one list.
+def _backwards(text: str, *needles: str) -> Iterator[int]:
+    """Where the needles are, the last one first. Sixteen tries keep the cost low, however many the text has."""
+    stop = len(text)
+    for _ in range(MAX_TRIES):
+        stop = max(text.rfind(needle, 0, stop) for needle in needles)
+        if stop < 0:
+            return
+        yield stop
 
-    Searching backwards keeps the cost at 16 boxes, however many the text opens.
-    """
+
+def _last_boxes(text: str) -> tuple[int, str] | None:
+    """The last box that closes and the boxes joined to it: where the last one opens, and their contents as one list."""
     contents: list[str] = []
-    last = following = stop = len(text)
-    for _ in range(MAX_BOX_TRIES):
-        stop = max(text.rfind("\\boxed", 0, max(stop, 0)), text.rfind("\\fbox", 0, max(stop, 0)))
-        match = _BOX.match(text, stop) if stop >= 0 else None
+    last = following = 0
+    for place in _backwards(text, "\\boxed", "\\fbox"):
+        match = _BOX.match(text, place)
         end = match.end() - 1 if match else -1
         if match and match[1]:
             end = _closing(text, end)
         if contents and (end < 0 or not _BETWEEN_BOXES.fullmatch(text[end + 1 : following][:80])):
             break
         if end >= 0:
-            last, following = (last if contents else stop), stop
+            last, following = (last if contents else place), place
             contents.insert(0, text[match.end() : end].strip() if match[1] else match[2].strip("$."))
     return (last, ", ".join(contents) if all(contents) else "") if contents else None
 
@@ -144,15 +150,13 @@ def _tidy_line(line: str) -> str:
     return "" if line in ("$$", "\\[") else line.strip().strip("*").strip()  # the value may be on the next line
 
 
-def _last_statement(text: str) -> tuple[int, str] | None:
-    """Where the last "Answer: ..." or the like begins, and what it says. Searched backwards, with as many tries."""
-    stop = len(text)
-    for _ in range(MAX_BOX_TRIES):
-        stop = max(text.rfind(needle, 0, max(stop, 0)) for needle in ("nswer", "NSWER", "####", "答案"))
-        match = _STATEMENT.match(text, stop) if stop >= 0 else None
+def _last_statement(text: str) -> str | None:
+    """What the last "Answer: ..." or the like says."""
+    for place in _backwards(text, "nswer", "NSWER", "####", "答案"):
+        match = _STATEMENT.match(text, place)
         for line in match.groups() if match else ():
             if line and (value := _tidy_line(line)):
-                return stop, value
+                return value
     return None
 
 
@@ -173,13 +177,13 @@ def extract_answer(text: str, *, lenient: bool = False) -> str | None:
     opened, closed = text.rfind("<think>"), text.rfind("</think>")
     text = text[:opened] if opened > closed else text.rpartition("</think>")[2]
     text = text[-TAIL_CHARS:]
-    found = [item for item in (_last_boxes(text), _last_statement(text)) if item]
-    if not found:
+    place, box = _last_boxes(text) or (0, None)
+    answer = _last_statement(text[place:]) or box
+    if answer is None:
         return _fall_back(text) if lenient else None
-    answer = max(found)[1][:MAX_BOX_CHARS]
     if lenient and _PROSE.search(answer) and len(numbers := _LAST_NUMBER.findall(answer)) == 1:
         return numbers[0]
-    return answer or None
+    return answer[:MAX_BOX_CHARS] or None
 
 
 # -- Normalisation: one spelling for what is written in many ----------------------------------------------------------
@@ -214,6 +218,7 @@ _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _TOKEN = r"(?:[0-9a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument without braces
 _BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _NEAT = re.compile(r"[-+]?[\d.,]{1,40}|[a-zA-Z]")  # nothing to rewrite but the commas
+_END = re.compile(r"(?:\\\\|(?<!\\),|(?<!\.)\.|\s)+$")
 _WRAPPED = re.compile(
     r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]"
     r"|\*\*([^*]+)\*\*|([`\"'])([^`\"']+)\6|\\(?:boxed|fbox)\s*\{(.*)\}",
@@ -289,11 +294,12 @@ def _fix_rows(match: re.Match[str]) -> str:
 
 def _unwrap(text: str) -> str:
     """Strip math delimiters, emphasis, a whole-answer box, a trailing full stop or comma."""
-    for _ in range(4):
-        text = re.sub(r"(?:\\\\|(?<!\\),|(?<!\.)\.|\s)+$", "", text).lstrip()
+    for _ in range(6):
+        text = _END.sub("", text).strip()
         match = _WRAPPED.fullmatch(text)
-        if match and (match[8] is None or _closing(text, text.index("{")) == len(text) - 1):
-            text = match[match.lastindex]
+        if not match or (match[8] is not None and _closing(text, text.index("{")) != len(text) - 1):
+            break
+        text = match[match.lastindex]
     return text
 
 
@@ -311,9 +317,7 @@ def _to_ascii(text: str) -> str:
 @lru_cache(maxsize=4_096)
 def normalise(text: str) -> str:
     """Rewrite an answer to one canonical spelling; says nothing about its value."""
-    if not text.isascii():
-        text = _to_ascii(text)
-    text = _unwrap(text)
+    text = _unwrap(text if text.isascii() else _to_ascii(text))
     if text.isdigit():
         return text
     if text.replace("\\$", "").count("$") % 2 == 0:
@@ -422,6 +426,7 @@ _NUMBER = re.compile(
     rf"({_DECIMAL})(?:\\overline ?\{{(\d+)\}})?"
     r"(?:[eE]([+-]?\d{1,3})|\s*(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{ ?([+-]? ?\d{1,3}) ?\}|([+-]?\d{1,3})))?"
 )
+_DIGIT = re.compile(r"\d")
 _SIGNED = rf"([+-]?) ?({_DECIMAL})"
 _FRACTION = re.compile(rf"(?:(\d+) ?)?\\frac ?\{{ ?{_SIGNED} ?\}} ?\{{ ?{_SIGNED} ?\}}")
 _SLASH = re.compile(rf"(?:(\d+) (?:and )?)?()({_DECIMAL}) ?/ ?(-?)({_DECIMAL})")
@@ -449,8 +454,10 @@ def _unsigned(text: str) -> Fraction | None:
 @lru_cache(maxsize=4_096)
 def parse_number(text: str) -> Fraction | None:
     """Parse a normalised answer that is one number without a unit, exactly; None if it is anything else."""
-    if len(text) > 1_000 or not any(char.isdigit() for char in text):
+    if len(text) > 1_000 or not _DIGIT.search(text):
         return None
+    if text.isdigit():
+        return Fraction(int(text))
     sign = ""
     for _ in range(4):  # -(5), {5}
         if text[:1] + text[-1:] in ("()", "{}"):
@@ -658,7 +665,9 @@ def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bo
     gold, answer = normalise(gold), normalise(answer)
     if not gold or not answer or depth > MAX_NESTING or len(answer) > MAX_BOX_CHARS:
         return False
-    if gold == answer or _squeeze(_bare(gold)) == _squeeze(_bare(answer)):
+    if gold == answer or (gold.isdigit() and answer.isdigit()):
+        return gold.lstrip("0") == answer.lstrip("0")
+    if _squeeze(_bare(gold)) == _squeeze(_bare(answer)):
         return True
     (gold_core, gold_unit), (answer_core, answer_unit) = split_unit(gold), split_unit(answer)
     gold_number, answer_number = parse_number(gold_core), parse_number(answer_core)

@@ -53,6 +53,7 @@ from typing import Any
 TAIL_CHARS = 65_536
 MAX_BOX_CHARS = 2_000
 MAX_TRIES = 16
+MAX_STRUCTURE_CHARS = 1_000  # longer answers can only be numbers, or written as the gold is
 MAX_LIST_ITEMS = 40
 MAX_NESTING = 8  # lists in lists
 
@@ -663,7 +664,7 @@ def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bo
     Raises UnparsableGold where the gold cannot be read, so that nothing can be said about the answer.
     """
     gold, answer = normalise(gold), normalise(answer)
-    if not gold or not answer or depth > MAX_NESTING or len(answer) > MAX_BOX_CHARS:
+    if not gold or not answer or depth > MAX_NESTING:
         return False
     if gold == answer or (gold.isdigit() and answer.isdigit()):
         return gold.lstrip("0") == answer.lstrip("0")
@@ -673,7 +674,9 @@ def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bo
     gold_number, answer_number = parse_number(gold_core), parse_number(answer_core)
     if gold_number is not None and answer_number is not None:
         return gold_number == answer_number and not units_differ(gold_unit, answer_unit)
-    if len(gold) > MAX_BOX_CHARS:
+    if len(answer) > MAX_STRUCTURE_CHARS:
+        return False
+    if len(gold) > MAX_STRUCTURE_CHARS:
         raise UnparsableGold(gold[:80])
     rest = (algebra, depth + 1)
     if "≈" in gold or "≈" in answer:
@@ -936,6 +939,8 @@ class _Reader:
             text = pattern.sub(replacement, text)
         text = re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
         text = text.replace("]", ")") if "\\sqrt[" not in text else text
+        if "\\int" not in text:  # tr is no trace; but dx belongs together
+            text = re.sub(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", lambda match: " ".join(match[0]), text)
         while match := re.search(r"(?:\\sqrt|\^) ?\(", text):  # plain notation
             end = _closing(text, match.end() - 1)
             text = text[: match.end() - 1] + "{" + text[match.end() : end] + "}" + text[end + 1 :] if end > 0 else "("

@@ -261,6 +261,7 @@ _SPELLING = _table(
     \\mathbb ?\{{? ?R ?\}}? ?(?:[\^_] ?\{{?\+\}}?|_ ?\{{ ?> ?0 ?\}})  (0,∞)
     \\mathbb ?(?:\{{ ?R ?\}}|R(?![a-zA-Z]))(?! ?[_^])  (-∞,∞)
     \\\{{\s*\\\}}  \\emptyset
+    ^\\\{{ ?((?:[-+\d./]|\\frac ?\{{\d+\}} ?\{{\d+\}})+) ?\\\}}$  \1
     (\\frac|\\binom|\\sqrt\[[^\]]*\]) ?({_TOKEN})  \1{{\2}}
     (\\(?:frac|binom) ?{_BRACES}) ?({_TOKEN})  \1{{\2}}
     \\sqrt ?(\d+(?:\.\d+)?|{_TOKEN})  \\sqrt{{\1}}
@@ -691,11 +692,9 @@ def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bo
     gold_group, answer_group = parse_group(gold), parse_group(answer)
     if gold_group and answer_group:
         return _compare_groups(gold_group, answer_group, rest)
-    for group, text, other in ((gold_group, gold, answer), (answer_group, answer, gold)):
-        if group and group.kind == "{}" and len(group.items) == 1 and _is_number(group.items[0]):
-            return compare(group.items[0], other, *rest) if text is gold else compare(other, group.items[0], *rest)
-        if group and (group.kind in ("list", "{}") or "=" not in other):
-            return False  # {5} is 5, but {4, 5} is not, nor is (4, 5); z = (4, 5) may be
+    group, other = gold_group or answer_group, answer if gold_group else gold
+    if group and (group.kind in ("list", "{}") or "=" not in other):
+        return False  # 5 is neither {4, 5} nor (4, 5); z = (4, 5) may be
     return _compare_chains(gold, answer, rest)
 
 

@@ -23,12 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from hostile_answers import HOSTILE
+from verdict_pairs import pairs
 
 from math_verifier import extract_answer, normalise, parse_number
 from reward_server import Verdict, exact_verdict, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ROOT.parent / "shared" / "data" / "verifier" / "variants.jsonl"
+REPORTS = VARIANTS.with_name("reported_cases.jsonl")
 
 NUMBERS = [
     ("42", "42", True),
@@ -129,15 +131,21 @@ NUMBERS = [
     ("1000000", "10^6", True),
     ("1000000", "10^{6}", True),
     ("1000000", "106", False),
-    # a gold with a decimal point: its printed digits
-    ("3.14", r"\pi", True),
-    ("3.14", "3.14159", True),
+    # a decimal is exact, unless the gold is marked as rounded
+    ("3.14", r"\pi", False),
+    ("3.14", "3.14159", False),
+    (r"\approx 3.14", r"\pi", True),
+    (r"\approx 3.14", "3.14159", True),
+    (r"\approx 3.14", "3.15", False),
+    ("3.3", r"\frac{10}{3}", False),
+    ("3.5", "3.46", False),
     ("3.14", "3.1", False),
     ("3.14", "3.15", False),
-    ("0.33", "1/3", True),
-    ("0.33", r"\frac{1}{3}", True),
+    ("0.33", "1/3", False),
+    (r"\approx 0.33", r"\frac{1}{3}", True),
     ("0.0000672", "0.000067", False),
-    ("1.41", r"\sqrt{2}", True),
+    ("1.41", r"\sqrt{2}", False),
+    (r"\approx 1.41", r"\sqrt{2}", True),
     ("1.42", r"\sqrt{2}", False),
     ("6.4", r"\frac{32}{5}", True),
     (r"\pi", "3.14", False),
@@ -304,7 +312,7 @@ MORE = [
     ("6", r"\text{6 is wrong}", False),
     ("12", r"\text{12 cm}", True),
     ("5x-7y+11z+4=0", "-5x+7y-11z-4=0", True),
-    ("8", "2^{3}=8", False),
+    ("8", "2^{3}=8", True),
     ("4", r"\{4, 4\}", False),
     ("No", "no", True),
     ("no", "No", True),
@@ -334,7 +342,7 @@ MORE = [
     ("n", "n!", False),
     ("6", "3!", True),
     ("720", "3!!", False),
-    ("0.333333", r"\frac{1}{3}", True),
+    ("0.333333", r"\frac{1}{3}", False),
     ("0", r"\sin \pi", True),
     ("0", r"\emptyset", False),
     (r"\text{none}", "0", False),
@@ -597,11 +605,106 @@ SPELLINGS = [
 ]
 
 
+KINDS = [
+    # the ends of an interval are not the interval
+    (r"(-\infty,4)", r"-\infty,4", False),
+    ("(-2,7)", r"x=-2\text{ or }x=7", False),
+    ("(-7,7)", r"\pm 7", False),
+    ("(3,8)", "3, 8", False),
+    ("(3,8,9)", "3, 8, 9", True),
+    ("(3,8)", r"\{x \mid 3<x<8\}", True),
+    (r"(-\infty,3)\cup(3,5)", r"x<5, x \ne 3", True),
+    (r"(-\infty,3)\cup(3,5)", r"x \le 5, x \ne 3", False),
+    (r"(-\infty, 1]\cup\{2\}", r"x \le 1 \text{ or } x = 2", True),
+    (r"(-\infty,2)\cup(6,\infty)", "x<2 and x>6", False),
+    (r"[-7,7]", r"|x| \le 7", True),
+    (r"[-7,7]", "|x| < 7", False),
+    (r"(0,\infty)", r"\mathbb{R}^+", True),
+    ("x < 7", "-x > -7", True),
+    ("x < 7", "-x < -7", False),
+    ("x <= 7", r"7 \ge x", True),
+    ("a > b > c", "c < b < a", True),
+    # identities that hold only near 0 or on one side
+    ("|x-9|", "9-x", False),
+    ("|x-9|", "|9-x|", True),
+    (r"\sqrt{(x+700)^2}", "x+700", False),
+    (r"\frac{|x-9|}{x-9}", "1", False),
+    # connectives, wedges, derivatives, vectors: as written
+    (r"p \land q", r"p \lor q", False),
+    (r"p \land q", "p, q", False),
+    (r"dx \wedge dy", r"dy \wedge dx", False),
+    (r"\vec{a} \times \vec{b}", r"\vec{b} \times \vec{a}", False),
+    (r"x=2 \lor x=1", "1, 2", True),
+    (r"\frac{\partial f}{\partial x}", r"\frac{\partial f}{\partial y}", False),
+    (r"3\frac{\partial f}{\partial x}", r"\frac{\partial f}{\partial x} \cdot 3", True),
+    # words behind a number
+    *[
+        ("7", rf"7\text{{ {word}}}", False)
+        for word in ("eighths", "factorial", "millions", "or so", "squared", "and up")
+    ],
+    *[
+        ("7", rf"7\text{{ {word}}}", True)
+        for word in ("clips", "stuffed goats", "cubic feet", "people", "meters per second")
+    ],
+    (r"7\text{ m/s}", r"7\text{ m/s}^2", False),
+    (r"7\text{ m/s}", r"7\text{ m}", False),
+    (r"7\text{ m/s}", r"7\text{ meters per second}", True),
+    (r"30\text{ mph}", r"30\text{ km/h}", False),
+    # unicode roots
+    ("3", "√13", False),
+    (r"\sqrt{13}", "√13", True),
+    (r"\sqrt{x+1}", "√(x+1)", True),
+    (r"\frac{\sqrt{15}}{2}", "√15/2", True),
+    # thousands beside anything
+    ("24000", r"x = \$24,000", True),
+    ("24000", r"N = 24\,000", True),
+    ("24000", r"\text{Total} = 24,000", True),
+    (r"24000\pi", r"24,000\pi", True),
+    ("10000x+5", "10{,}000x+5", True),
+    ("(1000,2000)", r"(1{,}000,\ 2{,}000)", True),
+    ("24", "24,000", False),
+    # named values, chains and notes
+    ("7:32", "S_1:S = 7:32", True),
+    ("S_1:S = 7:32", "7:32", True),
+    ("p=5,q=2;p=7,q=2", "(5,2),(7,2)", True),
+    ("(11,7)or(7,11)", r"(7,11),\ (11,7)", True),
+    (r"125\text{ miles}", r"125\textnormal{ miles}", True),
+    ("7", "3+4=7", True),
+    ("7", "3+5=7", False),
+    ("11", "x = 5+5+1 = 11", True),
+    ("11", "x = 5+5+2 = 11", False),
+    (r"10\pi", r"10\pi \approx 31.4", True),
+    (r"10\pi", r"10\pi \approx 31.5", False),
+    (r"\frac{1 + \sqrt{97}}{8} \approx 1.36", r"\frac{1 + \sqrt{97}}{8}", True),
+    ("7", r"\max f = 7", True),
+    ("7", "7 = x", True),
+    ("y = 2x+1", "f(x) = 2x+1", True),
+    (r"y=\frac{2}{x-1}", "y(x-1)=2", True),
+    (r"r=\frac{2}{t}", "tr=2", True),
+    # letters before a bracket
+    (r"\frac{(a+b)h}{2}", r"\frac{h(a+b)}{2}", True),
+    ("P(1+r)^n", r"P \cdot (1+r)^n", True),
+    ("f(x) - f(y)", "f(y) - f(x)", False),
+    (r"\frac{f(x)}{f(y)}", r"\frac{x}{y}", False),
+    # other spellings
+    (r"(\pm 1, 2)", "(1,2),(-1,2)", True),
+    (r"(\pm 1, 2)", "(1,2)", False),
+    (r"\frac{1}{3}", r"0.\bar{3}", True),
+    ("(1,2)", r"\begin{cases} x=1 \\ y=2 \end{cases}", True),
+    ("(1,2)", r"\begin{cases} x=2 \\ y=1 \end{cases}", False),
+    ("(1,2)", r"\\left(1, 2\\right)", True),  # escaped twice
+    ("C", "C. or D", False),
+    ("C", "(C) (D)", False),
+]
+
+
 def _ask(gold: str, answer: str) -> Verdict:
     return verify(rf"Some work, then \boxed{{{answer}}}", gold)
 
 
-@pytest.mark.parametrize(("gold", "answer", "pays"), NUMBERS + MORE + HEDGES + STRUCTURES + EXPRESSIONS + SPELLINGS)
+@pytest.mark.parametrize(
+    ("gold", "answer", "pays"), NUMBERS + MORE + HEDGES + STRUCTURES + EXPRESSIONS + SPELLINGS + KINDS
+)
 def test_policy(gold: str, answer: str, pays: bool) -> None:
     verdict = _ask(gold, answer)
     assert verdict.reward == float(pays), verdict
@@ -629,7 +732,7 @@ EXTRACTION = [
     (r"\boxed{1} </think> nothing", None),
     (r"<think>\boxed{1}</think> \boxed{2}", "2"),
     (r"\boxed{1}</think></think> \boxed{2}", "2"),
-    (r"\boxed{2} <think>\boxed{1}", "1"),
+    (r"\boxed{2} <think>\boxed{1}", "2"),  # reasoning that was cut off
     (r"\boxed{7}" + "x" * 70_000, None),  # outside the last 64 KB
     ("x" * 70_000 + r"\boxed{7}", "7"),
     (r"\boxed{" + "1" * 2_001 + "}", None),
@@ -659,6 +762,23 @@ EXTRACTION = [
     ("Answer: it is not 34", "it is not 34"),
     ("Answer: 4<|im_end|>", "4"),
     (r"$\boxed4$", "4"),
+    # the last statement, whatever its kind
+    ("Answer: 5\n\nWait, no. The final answer is 6.", "6"),
+    ("The final answer is 5. Wait.\nAnswer: 6", "6"),
+    ("\\boxed{5}? No.\n#### 6", "6"),
+    ("So \\boxed{255}. Final Answer: The final answer is $10,455$. I hope it is correct.", "10,455"),
+    ("最终答案：42", "42"),
+    ("### Final Answer:\n\n\\[\n42\n\\]", "42"),
+    ("Answer: $x=42$ since $6\\cdot 7=42$", "x=42"),
+    ("Final answer is 72 clips, altogether.", "72 clips"),
+    ("<think>Perhaps \\boxed{42}? Hmm", None),
+    # boxes that are one list
+    (r"$\boxed{(1, 2)}, \boxed{(2, 1)}$", "(1, 2), (2, 1)"),
+    (r"\[\boxed{-2} \quad \text{and} \quad \boxed{1}\]", "-2, 1"),
+    (r"\(\boxed{1}\) and \(\boxed{2}\)", "1, 2"),
+    (r"\boxed{1} or \boxed{2}", "2"),
+    (r"\boxed{1} papers and \boxed{2}", "2"),
+    (r"\boxed{1}, \boxed{}", None),
     ("It is 42", None),
     ("I like 42 boxes", None),
     ("", None),
@@ -671,11 +791,59 @@ def test_extraction(text: str, answer: str | None) -> None:
     assert (verify(text, "42").status == "no_answer") == (answer is None)
 
 
-def test_bare_number_only_if_lenient() -> None:
-    text = "We get 6 * 7 = 42"
-    assert verify(text, "42").status == "no_answer"
-    assert verify(text, "42", lenient=True).reward == 1.0
-    assert verify(text, "6", lenient=True).reward == 0.0
+LENIENT = [
+    ("We get 6 * 7 = 42", "42", "6"),
+    ("The answer is 42.", "42", "43"),
+    (r"Hence $\frac{1}{2}$ of $x^2$ is $\frac{1}{2}x^2$, as was to be shown.", r"\frac{x^2}{2}", "2"),
+    (r"Therefore $x \geq 5$ is the solution.", r"x \ge 5", "5"),
+    ("the number is not 10 but 1,000.99€", "1000.99", "10"),
+    (r"\frac{10}{9}", "10/9", "9"),
+    ("(1, 2)", "(1,2)", "2"),
+    ("$28$ percent", r"28\%", "0.28"),
+    ("it grows by 100%.", r"100\%", "1"),
+    ("I hope it is right: 34", "34", "4"),
+]
+
+
+@pytest.mark.parametrize(("text", "gold", "other"), LENIENT)
+def test_lenient_only_by_option(text: str, gold: str, other: str) -> None:
+    assert verify(text, gold, lenient=True).reward == 1.0
+    assert verify(text, other, lenient=True).reward == 0.0
+    assert verify(text, gold).status == "no_answer"
+
+
+def test_lenient_keeps_what_strict_finds() -> None:
+    assert verify(r"\boxed{41} and then 42", "41", lenient=True).reward == 1.0
+    assert verify("Final Answer: Jane started growing it 3 hours ago.", "3", lenient=True).reward == 1.0
+    for text in ("Answer: between 41 and 42", "Answer: 42 or 43"):
+        assert verify(text, "42", lenient=True).reward == 0.0
+
+
+GOLDS = [
+    "7",
+    "-12",
+    "24000",
+    "0",
+    "3.5",
+    "0.125",
+    r"\frac{5}{6}",
+    r"\frac{17}{4}",
+    "(3,4)",
+    "[2,5)",
+    r"(-\infty,3]",
+    "(1,2,5)",
+]
+GOLDS += [r"2\sqrt{3}", r"10\pi", r"\frac{\sqrt{5}}{2}", "x^2 + 2x", "3t - 5", "1, -2", "2, 3, 11"]
+
+
+def test_generated_near_misses_and_rewritings() -> None:
+    rows = list(pairs(GOLDS, seed=1, rounds=2))
+    with ThreadPoolExecutor(4) as threads:
+        verdicts = list(threads.map(lambda row: verify(row[2], row[1]), rows))
+    wrong = [(row, v) for row, v in zip(rows, verdicts, strict=True) if (v.reward == 1.0) != row[3]]
+    assert len(rows) > 500
+    assert [item for item in wrong if not item[0][3]] == []
+    assert len(wrong) <= 0.003 * sum(row[3] for row in rows), wrong
 
 
 def test_verified_separates_wrong_from_unknown() -> None:
@@ -715,8 +883,8 @@ def test_import_starts_nothing() -> None:
     code = (
         "import sys, threading, reward_server\n"
         "assert reward_server.verify(r'\\boxed{42}', '42').reward == 1.0\n"
-        "assert not {'torch', 'ray', 'sympy', 'vllm'} & set(sys.modules)\n"
-        "assert threading.active_count() == 1 and reward_server.default_pool.cache_info().currsize == 0"
+        "assert not {'torch', 'ray', 'sympy', 'uvicorn', 'vllm'} & set(sys.modules)\n"
+        "assert threading.active_count() == 1 and reward_server._pool is None"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=20)
 
@@ -760,7 +928,7 @@ def test_fuzz_exact_tier(text: str, gold: str) -> None:
     assert len(extract_answer(text) or "") <= 2_000
     assert isinstance(normalise(text), str)
     number = parse_number(normalise(text))
-    assert number is None or number.value.denominator > 0
+    assert number is None or number.denominator > 0
 
 
 @settings(max_examples=300, deadline=None)
@@ -787,11 +955,19 @@ def test_fuzz_spellings_of_integers(value: int) -> None:
         assert _ask(str(value), wrong).reward == 0.0, wrong
 
 
+@pytest.mark.skipif(not REPORTS.exists(), reason="../shared/data/verifier/reported_cases.jsonl is not on this machine")
+def test_public_reports() -> None:
+    rows = [row for row in map(json.loads, REPORTS.read_text().splitlines()) if not row["contested"]]
+    wrong = [row for row in rows if (verify(row["text"], row["gold"]).reward == 1.0) != row["expected"]]
+    assert [row for row in wrong if not row["expected"]] == []
+    assert len(wrong) <= 0.01 * len(rows), wrong
+
+
 @pytest.mark.skipif(not VARIANTS.exists(), reason="../shared/data/verifier/variants.jsonl is not on this machine")
 def test_variants() -> None:
-    rows = [json.loads(line) for line in VARIANTS.read_text().splitlines()]
+    rows = [json.loads(line) for line in VARIANTS.read_text().splitlines()][::6]  # benchmarks/verdicts.py takes all
     paid = [_ask(row["gold"], row["pred_answer"]).reward == 1.0 for row in rows]
     false_positives = [row for row, pays in zip(rows, paid, strict=True) if pays and not row["expected"]]
     right = sum(row["expected"] == pays for row, pays in zip(rows, paid, strict=True))
     assert false_positives == []
-    assert right / len(rows) >= 0.997
+    assert right / len(rows) >= 0.998

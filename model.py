@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from attention import SharedAttention
 from config import PolicyCfg
 
+GROUP_WEIGHTS = 1 << 27  # FSDP gathers and reduces decoder layers with at most so many weights together
 HEAD_CHUNK = 4096  # the LM head computes this many response tokens at a time: float32 logits [HEAD_CHUNK, vocabulary]
 
 
@@ -412,10 +413,16 @@ def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel
         "reshard_after_forward": d.reshard_after_forward,
     }
     model = LogprobModel(lm, keep_logits=not d.activation_checkpointing)
-    for layer in lm.base_model.layers:
-        if d.compile_layers:
+    layers = list(lm.base_model.layers)
+    if d.compile_layers:
+        for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-        fully_shard(layer, **shard)
+    # Each group of layers costs FSDP's hooks and collectives. Where gathered weights stay anyway, small layers share a
+    # group, and a small model is one group as a whole, since a list of layers runs its hook once for each of them.
+    size = sum(p.numel() for p in layers[0].parameters())
+    many = 1 if d.reshard_after_forward or d.activation_checkpointing else max(1, GROUP_WEIGHTS // size)
+    for start in range(0, len(layers), many) if many < len(layers) else ():
+        fully_shard(layers[start : start + many], **shard)
     fully_shard(model, **shard)
     return model
 

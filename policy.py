@@ -86,16 +86,17 @@ class PolicyWorker(WeightSender):
         self.mesh = init_device_mesh(self.device.type, (self.world_size // tp, tp), mesh_dim_names=("dp", "tp"))
         self.dp_rank, self.dp_size = self.mesh["dp"].get_local_rank(), self.mesh["dp"].size()
         self.model = build_model(self.cfg, self.mesh, self.device)
-        self.weights = list(
-            self.model.parameters()
-        )  # float32, sharded; walking through all modules takes a millisecond
+        self.weights = list(self.model.parameters())  # float32, sharded; to walk through all modules takes a while
         o = self.cfg.optimizer
+        # AdamW works on the local shards, which share memory with the weights: on 300 DTensors a step would take tens
+        # of milliseconds of Python, a tenth of a small model's whole step.
+        self.shards = [nn.Parameter(w) for w in self.local_weights()]
         self.optimizer = torch.optim.AdamW(
-            self.weights, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
+            self.shards, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
-        for w in self.weights:  # made here, so that a checkpoint before the first step has them too
-            moments = {key: torch.zeros_like(w.detach()) for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[w] = {"step": torch.zeros((), device=w.device), **moments}
+        for shard in self.shards:  # made here, so that a checkpoint before the first step has them too
+            moments = {key: torch.zeros_like(shard.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **moments}
         self.offer_weights(dict(self.model.lm.named_parameters()))  # a tied head is in there once, as the embedding
         self.reference = [w.cpu().clone() for w in self.local_weights()] if self.keep_reference else []
         return sum(w.numel() for w in self.weights)
@@ -115,7 +116,7 @@ class PolicyWorker(WeightSender):
         totals = self._gradients([batch], loss_fn, {})
         clip_gradients(self.weights, self.cfg.max_grad_norm, self.loss_scale)
         reduce_metrics(totals, self.mesh["dp"].get_group())
-        self.optimizer.zero_grad()
+        self._drop_gradients()
         if logprobs:
             self.logprobs(batch)
 
@@ -153,18 +154,25 @@ class PolicyWorker(WeightSender):
                 if finite or self.loss_scale == 1 or not math.isfinite(metrics["loss"]):
                     break
                 self.loss_scale, self.steps_at_scale = self.loss_scale / 2, 0  # float16 overflowed: again with less
-                self.optimizer.zero_grad()
+                self._drop_gradients()
             lr = self._schedule()
             facts = {"grad_norm": grad_norm.item(), "lr": lr, "micro_batches": len(micro_batches)}
             if self.cfg.precision == "float16":
                 facts["loss_scale"] = self.loss_scale
             if finite:
-                self.optimizer.step()
-                self._count_step()
-            self.optimizer.zero_grad()
+                self._step()
+            self._drop_gradients()
         return metrics | facts
 
-    def _count_step(self) -> None:
+    def _drop_gradients(self) -> None:
+        for w in self.weights + self.shards:
+            w.grad = None
+
+    def _step(self) -> None:
+        """Let AdamW change the weights, and count the step."""
+        for shard, w in zip(self.shards, self.weights, strict=True):
+            shard.grad = None if w.grad is None else w.grad.to_local()
+        self.optimizer.step()
         self.steps_done += 1
         self.steps_at_scale += 1
         if self.cfg.precision == "float16" and self.steps_at_scale == SCALE_STEPS:
@@ -249,19 +257,16 @@ class PolicyWorker(WeightSender):
     # ---- checkpoints
 
     def _training_state(self) -> dict[str, torch.Tensor]:
-        """float32 master weights, optimizer state, schedule and random state as one flat dict of (sharded) tensors.
-
-        The large ones are those that training works with, so that loading into them is all that `load` must do.
-        """
+        """float32 master weights, optimizer state, schedule and random state as one flat dict of (sharded) tensors."""
         state = {"steps_done": torch.tensor(self.steps_done), f"random.{self.rank}": torch.get_rng_state()}
         if self.cfg.precision == "float16":
             state["loss_scale"] = torch.tensor([self.loss_scale, self.steps_at_scale], dtype=torch.float64)
         if self.device.type == "cuda":
             state[f"random.cuda.{self.rank}"] = torch.cuda.get_rng_state()
-        for name, w in self.model.named_parameters():
+        for shard, (name, w) in zip(self.shards, self.model.named_parameters(), strict=True):
             state[f"weight.{name}"] = w.detach()
-            for key, value in self.optimizer.state[w].items():
-                state[f"{key}.{name}"] = value
+            for key, value in self.optimizer.state[shard].items():
+                state[f"{key}.{name}"] = value if key == "step" else sharded_like(w, value)
         return state
 
     def save(self, folder: str, publish: Callable[[], None]) -> None:
@@ -318,6 +323,9 @@ class PolicyWorker(WeightSender):
         setters = {f"random.{self.rank}": torch.set_rng_state, f"random.cuda.{self.rank}": torch.cuda.set_rng_state}
         for name in state.keys() & setters.keys():
             setters[name](state[name])
+        for shard, (name, _) in zip(self.shards, self.model.named_parameters(), strict=True):
+            for key in ("exp_avg", "exp_avg_sq"):  # with cpu_offload what was loaded is a copy on the GPU
+                self.optimizer.state[shard][key].copy_(state[f"{key}.{name}"].to_local())
 
 
 @contextmanager
@@ -357,6 +365,12 @@ def reduce_metrics(totals: dict[str, torch.Tensor], group: Any) -> dict[str, flo
             dist.all_reduce(stacked, op=op, group=group)
             result |= dict(zip(names, stacked.tolist(), strict=True))
     return result
+
+
+def sharded_like(weight: DTensor, shard: torch.Tensor) -> DTensor:
+    """`shard` as this rank's part of a tensor that is split over the ranks as `weight` is."""
+    mesh, placements = weight.device_mesh, weight.placements
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
 def clip_gradients(weights: list[nn.Parameter], max_norm: float | None, loss_scale: float = 1.0) -> torch.Tensor:

@@ -112,8 +112,8 @@ def test_an_update_with_the_kernels_is_the_update(quickstart_overrides, checkpoi
         try:
             worker.kernels = kernels
             metrics = worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts(batch)})
-            states = [worker.optimizer.state[w] for w in worker.weights]
-            moments = [state["exp_avg"].to_local().clone() for state in states]  # the gradients, times 0.1
+            states = [worker.optimizer.state[shard] for shard in worker.shards]
+            moments = [state["exp_avg"].clone() for state in states]  # the gradients, times 0.1
             found.append((metrics["loss"], metrics["grad_norm"], torch.cat([m.flatten() for m in moments])))
         finally:
             torch.distributed.destroy_process_group()

@@ -184,6 +184,7 @@ class Data:
 @dataclass
 class Env:
     reward_url: str | None = key(None, "a running reward server; null starts one on this node")
+    verifier: str = key("math", "math, or a function of (text, row) of your own: module.function or file.py:function")
     reward_workers: int = key(2, "worker processes of the reward server we start", least=1)
     reward_timeout_s: float = key(60.0, "deadline of one request to the reward server", above=0)
     should_use_judge: bool = key(False, "let an LLM judge the answers that the rules reject")

@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 from config import Cluster, Colocated, Config, ConfigError, Env, Generation, PolicyCfg, VllmCfg
 from launch import RunError, StopRequests, run_main, start_ray
-from reward_client import UNVERIFIED, RewardClient
+from reward_client import VERIFIED, RewardClient
 from rollout import RolloutEngines
 from rows import Rows, end_of_sequence_ids, load_tokenizer
 
@@ -62,14 +62,14 @@ def summarize(rows: list[list[dict]], k: int) -> dict[str, float]:
     Raises RunError if no answer was verified.
     """
     answers = [a for row in rows for a in row]
-    verified = [[a for a in row if a["status"] not in UNVERIFIED] for row in rows]
+    verified = [[a for a in row if a["status"] in VERIFIED] for row in rows]
     verified = [row for row in verified if row]
     if not verified:
         raise RunError("none of the answers could be verified; see reward_server.log in the output folder")
     metrics: dict[str, float] = {
         "rows": len(rows),
         "answers": len(answers),
-        "num_unverified": sum(a["status"] in UNVERIFIED for a in answers),
+        "num_unverified": sum(a["status"] not in VERIFIED for a in answers),
         "truncation_rate": float(np.mean([a["truncated"] for a in answers])),
     }
     rewards = [[a["reward"] for a in row] for row in verified]
@@ -212,7 +212,7 @@ def add_rows(
                 row, texts = rows[group.index], tokenizer.batch_decode(group.response_ids, skip_special_tokens=True)
                 reasons = zip(texts, group.finish_reasons, strict=True)
                 answers = [{"row": row, "text": text, "truncated": why == "length"} for text, why in reasons]
-                pending.append((answers, rewards.submit(texts, data.rows[row]["expected_answer"])))
+                pending.append((answers, rewards.submit(texts, data.rows[row])))
                 while pending and pending[0][1].done():
                     write_first()
             while pending:

@@ -1,6 +1,7 @@
 """Rewards over HTTP: starts `reward_server.py` when no URL is given, sends groups, survives the server's death.
 
-A group that cannot be verified comes back with status "unreachable" and is masked by the trainer, never scored 0.
+A group that cannot be verified comes back with status "unreachable" and is masked by the trainer, never scored 0. A
+server that refuses a request (HTTP 4xx) ends the run with what it said.
 """
 
 import os
@@ -15,11 +16,23 @@ from typing import Any
 import requests
 
 from config import ConfigError, Env
+from launch import RunError
 
-UNVERIFIED = frozenset({"timeout", "judge_failed", "unparsable_gold", "unreachable"})
+VERIFIED = frozenset({"correct", "wrong", "no_answer"})  # any other status says nothing about the answer
+LARGEST_REWARD = 1e6  # beyond this a reward is taken for a fault of the verifier
 START_DEADLINE_S = 30.0
 ATTEMPTS = 3
 BANNER = "reward server listening on "
+
+
+UNREACHABLE = {"reward": 0.0, "status": "unreachable", "extracted_answer": None}
+
+
+def checked(verdict: Any) -> dict[str, Any]:
+    """A verdict as the server gave it, or an unverified one if its reward or status cannot be used."""
+    reward, status = verdict["reward"], verdict["status"]
+    number = isinstance(reward, int | float) and abs(reward) <= LARGEST_REWARD  # not for NaN
+    return verdict if number and isinstance(status, str) else UNREACHABLE | {"status": "unusable"}
 
 
 class RewardClient:
@@ -52,7 +65,7 @@ class RewardClient:
     def _start(self) -> None:
         script = Path(__file__).with_name("reward_server.py")
         command = [sys.executable, str(script), "--port", "0", "--workers", str(self.cfg.reward_workers)]
-        command += ["--exit-with-parent"]
+        command += ["--verifier", self.cfg.verifier, "--exit-with-parent"]
         command += ["--judge-url", self.cfg.judge_url] if self.cfg.should_use_judge else []
         already = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
@@ -70,11 +83,15 @@ class RewardClient:
         self.process.kill()
         raise ConfigError(f"the reward server did not start within {START_DEADLINE_S:.0f} s; see {self.log_path}")
 
-    def submit(self, texts: list[str], expected_answer: str) -> Future:
-        """Score the answers to one prompt; the result is a list of {"reward", "status", "extracted_answer"}."""
-        return self._pool.submit(self._verify, [{"text": t, "expected_answer": expected_answer} for t in texts])
+    def submit(self, texts: list[str], row: dict[str, Any]) -> Future:
+        """Score the responses to one row, of which the verifier sees all fields.
 
-    def _verify(self, items: list[dict[str, str]]) -> list[dict[str, Any]]:
+        The result is a list of {"reward", "status", "extracted_answer"}. It raises RunError if the server refuses.
+        """
+        items = [{"text": text, "expected_answer": row["expected_answer"], "row": row} for text in texts]
+        return self._pool.submit(self._verify, items)
+
+    def _verify(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for attempt in range(ATTEMPTS):
             url = self.url
             try:
@@ -84,16 +101,16 @@ class RewardClient:
                 if reply.status_code in (429, 503):
                     time.sleep(min(float(reply.headers.get("Retry-After", 1)), 5.0))
                     continue
+                if 400 <= reply.status_code < 500:  # asking again would not help
+                    raise RunError(f"{url}/verify_batch answered {reply.status_code}: {reply.text[:300]}")
                 reply.raise_for_status()
                 results = reply.json()["results"]
                 if len(results) == len(items):
-                    return results
-            except (requests.RequestException, ValueError, KeyError) as e:
-                print(
-                    f"reward server: attempt {attempt + 1} of {ATTEMPTS} failed ({type(e).__name__})", file=sys.stderr
-                )
+                    return [checked(verdict) for verdict in results]
+            except (requests.RequestException, ValueError, KeyError, TypeError) as e:
+                print(f"reward server: attempt {attempt + 1} of {ATTEMPTS} failed ({str(e)[:200]})", file=sys.stderr)
                 self._restart_if_dead(url)
-        return [{"reward": 0.0, "status": "unreachable", "extracted_answer": None} for _ in items]
+        return [UNREACHABLE for _ in items]
 
     def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):  # sessions keep connections open, but are not thread-safe

@@ -52,7 +52,7 @@ from launch import (
 from logger import Logger
 from model import HEAD_CHUNK, Sequences
 from policy import STEP_FACTS, Policy
-from reward_client import UNVERIFIED, RewardClient
+from reward_client import VERIFIED, RewardClient
 from rollout import Group, RolloutEngines
 from rows import Rows, end_of_sequence_ids, load_tokenizer
 
@@ -217,7 +217,7 @@ class Sample:
 
     @property
     def verified(self) -> bool:
-        return self.status not in UNVERIFIED
+        return self.status in VERIFIED
 
     @property
     def prompt_tokens(self) -> int:
@@ -246,8 +246,8 @@ def sample_and_score(run: "Run", rows: Rows, indices: list[int], n: int, seed: i
     with run.log.phase("generate", total=len(indices)) as progress:
         for group in run.engines.generate([rows.prompt_ids[i] for i in indices], n, seed, run.stop_token_ids):
             samples = to_samples(group)
-            answer = rows.rows[indices[group.index]]["expected_answer"]
-            pending.append((samples, run.rewards.submit([s.text for s in samples], answer)))
+            row = rows.rows[indices[group.index]]
+            pending.append((samples, run.rewards.submit([s.text for s in samples], row)))
             progress.update()
     found: list[Sample] = []
     with run.log.phase("score"):

@@ -1,18 +1,21 @@
 """The trainer's side of the reward server: a real server, real deaths."""
 
 import signal
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from config import ConfigError, Env
-from reward_client import RewardClient
+from launch import RunError
+from reward_client import VERIFIED, RewardClient
 
 TEXTS = [r"so \boxed{4}", r"so \boxed{5}", "no idea"]
 VERDICTS = [("correct", 1.0), ("wrong", 0.0), ("no_answer", 0.0)]
 
 
 def verdicts(client: RewardClient) -> list[tuple[str, float]]:
-    return [(v["status"], v["reward"]) for v in client.submit(TEXTS, "4").result(timeout=60)]
+    return [(v["status"], v["reward"]) for v in client.submit(TEXTS, {"expected_answer": "4"}).result(timeout=60)]
 
 
 def test_starts_scores_restarts_and_stops(tmp_path, capsys):
@@ -53,3 +56,76 @@ def test_an_unreachable_server_gives_no_false_zero(tmp_path):
 def test_wrong_url_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="no reward server at env.reward_url=http://127.0.0.1:9 "):
         RewardClient(Env(reward_url="http://127.0.0.1:9"), tmp_path)
+
+
+def test_a_verifier_of_ones_own_sees_the_whole_row(tmp_path):
+    """Chosen by configuration; it pays the last word where the row says so, and returns a plain number."""
+    (tmp_path / "mine.py").write_text(
+        "def last_word(text, row):\n    return row['worth'] * (text.split()[-1] == row['expected_answer'])\n"
+    )
+    client = RewardClient(Env(reward_workers=1, verifier=f"{tmp_path}/mine.py:last_word"), tmp_path)
+    try:
+        found = client.submit(["it is red", "it is blue"], {"expected_answer": "blue", "worth": 0.5}).result(timeout=60)
+        assert [v["reward"] for v in found] == [0.0, 0.5]
+    finally:
+        client.close()
+    with pytest.raises(ConfigError, match="the reward server did not start"):
+        RewardClient(Env(reward_workers=1, verifier=f"{tmp_path}/mine.py:nothing"), tmp_path)
+
+
+@pytest.fixture
+def somebody_elses_server():
+    """A server that answers /verify_batch with the given status and body."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802 - the name that http.server looks for
+            self.reply(200, "{}")
+
+        def do_POST(self):  # noqa: N802
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.reply(*self.server.answer)
+
+        def reply(self, code, body):
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server, RewardClient(Env(reward_url=f"http://127.0.0.1:{server.server_port}"), ".")
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "status"),
+    [
+        ('{"reward": 0.5, "status": "correct"}', "correct"),
+        ('{"reward": NaN, "status": "correct"}', "unusable"),
+        ('{"reward": 1e30, "status": "correct"}', "unusable"),
+        ('{"reward": null, "status": "correct"}', "unusable"),
+        ('{"reward": "1", "status": "correct"}', "unusable"),
+        ('{"reward": 1, "status": 7}', "unusable"),
+        ('{"reward": 1}', "unreachable"),
+        ("null", "unreachable"),
+    ],
+)
+def test_what_a_server_may_answer(somebody_elses_server, verdict, status):
+    """A reward that cannot be trained on is masked; it never becomes a 0 that counts."""
+    server, client = somebody_elses_server
+    server.answer = 200, f'{{"results": [{verdict}]}}'
+    (found,) = client.submit(["x"], {"expected_answer": "4"}).result(timeout=60)
+    assert found["status"] == status
+    assert (status in VERIFIED) == (status == "correct")
+
+
+@pytest.mark.parametrize("code", [401, 404, 422])
+def test_a_server_that_refuses_ends_the_run_with_what_it_said(somebody_elses_server, code):
+    server, client = somebody_elses_server
+    server.answer = code, '{"detail": "no such thing"}'
+    with pytest.raises(RunError, match=rf'/verify_batch answered {code}: {{"detail": "no such thing"}}'):
+        client.submit(["x"], {"expected_answer": "4"}).result(timeout=60)

@@ -10,6 +10,8 @@ from config import ConfigError, Env
 from launch import RunError
 from reward_client import VERIFIED, RewardClient
 
+pytestmark = pytest.mark.slow  # each test starts a server with its workers
+
 TEXTS = [r"so \boxed{4}", r"so \boxed{5}", "no idea"]
 VERDICTS = [("correct", 1.0), ("wrong", 0.0), ("no_answer", 0.0)]
 

@@ -30,6 +30,8 @@ from hostile_answers import HOSTILE, box, code_answers
 
 import verifier_pool
 
+pytestmark = pytest.mark.slow  # each test starts a server with its workers
+
 ROOT = Path(__file__).resolve().parents[1]
 ROLLOUTS = ROOT / "tests" / "data" / "nemo_gym_rollouts.jsonl"
 SLOW = r"\int_0^1 \frac{\sin(x^{x^x})}{\ln(1+x^5)} dx"  # outlives every deadline used here

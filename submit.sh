@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submit a training to Slurm, or with --dry-run only show what would run:
 #   EXP_NAME=first NUM_ACTOR_NODES=8 REPO_LOCATION=$PWD bash submit.sh [--dry-run] --config=config.yaml [key=value ...]
-# The arguments are train_grpo.py's. Variables (README has the table):
+# The arguments are train_grpo.py's. Variables (docs/slurm.md has the table):
 #   required   EXP_NAME, NUM_ACTOR_NODES, REPO_LOCATION (this repository, on a file system that all nodes share)
 #   optional   GPUS_PER_NODE (8; 0: CPU), ACCOUNT, PARTITION, TIME (04:00:00), REQUEUE=1, CPUS_PER_NODE (unset: whole
 #              nodes), CONTAINER and MOUNTS (pyxis; unset: bare metal), VENV, BASE_LOG_DIR, JOIN_TIMEOUT (900 s),

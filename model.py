@@ -400,8 +400,9 @@ def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel
     # An embedding gives no gradient to its padding token. Nothing is padded here, and where that token is also the end
     # token, the model would never learn from the ends that it reads.
     lm.get_input_embeddings().padding_idx = None
+    switch_off_dropout(lm)
     d = cfg.dtensor_cfg
-    lm.to(device if not d.cpu_offload else "cpu").train()
+    lm.to(device if not d.cpu_offload else "cpu").train()  # gradient checkpointing is for training mode alone
     if mesh["tp"].size() > 1:
         parallelize(lm, mesh["tp"])
     if d.activation_checkpointing:
@@ -425,6 +426,19 @@ def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel
         fully_shard(layers[start : start + many], **shard)
     fully_shard(model, **shard)
     return model
+
+
+def switch_off_dropout(lm: nn.Module) -> None:
+    """With dropout the same weights would give other log-probabilities in each pass, and ratios that mean nothing.
+
+    Hugging Face's layers have it as a module, or as a number that they pass to a function.
+    """
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def parallelize(lm: nn.Module, mesh: Any) -> None:

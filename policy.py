@@ -294,6 +294,7 @@ class PolicyWorker(WeightSender):
             if self.rank == 0:
                 lm = self.model.lm
                 lm.config.dtype = self.dtype
+                lm.generation_config.do_sample = True  # transformers refuses to save a temperature without it
                 lm.save_pretrained(folder, state_dict=weights)
                 AutoTokenizer.from_pretrained(self.cfg.model_name).save_pretrained(folder)
                 publish()

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model
+import policy
 from config import load_config
 from model import MicroBatch, Sequences
 from policy import PolicyWorker, clip_gradients
@@ -391,6 +392,21 @@ def test_float16_gradients_neither_vanish_nor_overflow(config):
         assert (half_change - change).norm() < 0.02 * change.norm()
 
 
+def test_the_loss_scale_rises_again(config, monkeypatch):
+    """After two steps without an overflow, here, and each step says what it was."""
+    monkeypatch.setattr(policy, "SCALE_STEPS", 2)
+    cfg = config("policy.precision=float16")
+    worker = PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
+    worker.setup(free_address())
+    try:
+        worker.loss_scale = 16.0  # where one outlier had left it
+        batch = random_batch(3)
+        steps = [worker.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts(batch)}) for _ in range(5)]
+        assert [s["loss_scale"] for s in steps] == [16, 16, 32, 32, 64]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_float16_weights_that_are_no_numbers_end_the_step(config):
     """A loss that is not finite is no matter of scale: no retries, and the weights stay."""
     cfg = config("policy.precision=float16")
@@ -426,6 +442,28 @@ def test_saved_folder_is_plain_hugging_face(config, tmp_path):
     for name, p in loaded.named_parameters():
         assert torch.equal(p, weights[name]), name
     assert loaded.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token_id
+
+
+def test_dropout_is_off_and_sampling_settings_are_saved(config, tiny_model, tmp_path):
+    """Seed-OSS has dropout as numbers of its layers; its generation settings here have a temperature alone."""
+    from transformers import AutoTokenizer, GenerationConfig, SeedOssConfig, SeedOssForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 256}
+    SeedOssForCausalLM(SeedOssConfig(**shape, attention_dropout=0.3, residual_dropout=0.3)).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 2}')
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    worker = PolicyWorker(config(f"policy.model_name={tmp_path}").policy, 0, 1, "cpu", timeout_s=60)
+    worker.setup(free_address())
+    try:
+        once, again = (worker.logprobs(random_batch(3)) for _ in range(2))
+        assert all(np.array_equal(once[i], again[i]) for i in once)
+        (tmp_path / "saved").mkdir()
+        worker.save(str(tmp_path / "saved"), lambda: None)
+        assert worker.wait_saved()[0] is None
+    finally:
+        torch.distributed.destroy_process_group()
+    assert GenerationConfig.from_pretrained(tmp_path / "saved").temperature == 0.6
 
 
 def test_loaded_moments_arrive_where_the_optimizer_has_them(config, tmp_path):

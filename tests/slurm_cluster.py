@@ -55,7 +55,7 @@ def missing() -> str:
 
 
 def run(*command: str, check: bool = True, **kwargs: Any) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **kwargs)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, **kwargs)
     assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout} {done.stderr}"
     return done.stdout
 

@@ -178,7 +178,7 @@ def command(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
 
 
 def run(given: list[str]) -> subprocess.CompletedProcess:
-    done = subprocess.run(given, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(given, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
     return done
 

@@ -39,7 +39,7 @@ def test_judge_asks_vllm(tiny_model, tmp_path):
     )  # fmt: skip
     try:
         reward_url = server.stdout.readline().split()[-1]
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 600
         while True:
             assert vllm.poll() is None, (tmp_path / "vllm.log").read_text()[-3000:]
             assert time.monotonic() < deadline, "vLLM's server did not start"

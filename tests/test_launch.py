@@ -62,7 +62,7 @@ def test_a_run_beside_what_an_earlier_ray_left():
         [ray, "start", "--head", "--port=0", "--include-dashboard=false", "--num-cpus=1"],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"LEFT_BY": mark},
     )
     old = []
@@ -72,7 +72,7 @@ def test_a_run_beside_what_an_earlier_ray_left():
                 old += [process] if process.environ().get("LEFT_BY") == mark else []
         port = next(found[1] for p in old if (found := re.search(r"gcs_server_port=(\d+)", " ".join(p.cmdline()))))
         done = subprocess.run(
-            [sys.executable, "-c", LOCAL_RUN], capture_output=True, text=True, timeout=150, cwd=ROOT, check=True
+            [sys.executable, "-c", LOCAL_RUN], capture_output=True, text=True, timeout=600, cwd=ROOT, check=True
         )
     finally:
         for process in old:
@@ -137,5 +137,5 @@ def test_exit_codes_and_the_line_that_goes_with_them(raised, code, line, capsys)
 def test_a_signal_while_ray_waits_stops_the_run(waiting):
     """Ray's compiled code makes a SystemError of a signal handler's exception, once what it waits for is over."""
     command = [sys.executable, "-c", SIGNAL_IN_RAY.replace("WAIT", waiting)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.stdout.splitlines() == ["stopped by SIGTERM"], done.stderr

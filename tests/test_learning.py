@@ -35,7 +35,7 @@ def run(quickstart_overrides, warm_model, tmp_path):
             [*command, *quickstart_overrides, *base, *overrides],
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=900,
             cwd=tmp_path,
         )
         metrics = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]

@@ -88,7 +88,7 @@ def spawn(function, arguments, world_size):
     """Ranks as processes, forked from one that has imported torch, which takes seconds."""
     mp.get_context("forkserver").set_forkserver_preload(["policy", "train_grpo"])
     ranks = mp.start_processes(function, arguments, world_size, join=False, start_method="forkserver")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 400
     while not ranks.join(timeout=1):  # raises what a rank raised
         assert time.monotonic() < deadline, "the ranks did not finish"
 

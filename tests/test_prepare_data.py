@@ -36,7 +36,7 @@ from rows import Rows, load_tokenizer  # noqa: E402
 AGENT = {"type": "responses_api_agents", "name": "math_with_judge_simple_agent"}
 
 
-def run(*args, cwd=None, env=None, timeout=25):
+def run(*args, cwd=None, env=None, timeout=120):
     """The script's exit code, output and error output."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, args)],

@@ -205,7 +205,7 @@ def test_each_engine_gets_a_handle_of_its_own(by):
         engines = [Side.remote(f"engine {i}") for i in range(5)]
         link = Link([Side.remote("rank 0"), Side.remote("rank 1")], engines, gpus, by, timeout_s=60)
         link.refit()
-        got = ray.get([e.got.remote() for e in engines], timeout=60)
+        got = ray.get([e.got.remote() for e in engines], timeout=240)
         engines[4].hang.remote()
         link.timeout_s = 1
         with pytest.raises(ray.exceptions.GetTimeoutError) as late:

@@ -88,7 +88,7 @@ def assert_same_run(a: Path, b: Path, ranks: int) -> None:
 
 
 def run_script(given: list[str], folder: Path) -> str:
-    done = subprocess.run(command(given), capture_output=True, text=True, timeout=150, cwd=folder)
+    done = subprocess.run(command(given), capture_output=True, text=True, timeout=600, cwd=folder)
     assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
     return done.stdout
 
@@ -123,7 +123,7 @@ class Started:
             for process in [self.process, *suspended]:
                 process.kill()
             self.process.wait()
-            assert psutil.wait_procs([p for p in family if p not in agents], timeout=30)[1] == []
+            assert psutil.wait_procs([p for p in family if p not in agents], timeout=120)[1] == []
             for agent in agents:
                 with suppress(psutil.NoSuchProcess):
                     agent.kill()
@@ -136,7 +136,7 @@ def stop_by_sigterm(given: list[str], folder: Path) -> int:
         run.wait_for(lambda: read(metrics) and read(metrics)[-1]["step"], "the first step")
         family = psutil.Process(run.process.pid).children(recursive=True)
         run.process.terminate()
-        assert run.process.wait(timeout=60) == 85
+        assert run.process.wait(timeout=240) == 85
     assert psutil.wait_procs(family, timeout=20)[1] == []
     lines = (folder / "stderr").read_text()
     assert "stopped by SIGTERM; the same command continues from what was saved" in lines

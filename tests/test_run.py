@@ -50,7 +50,7 @@ def short_run(warm_model, arithmetic_rows, tmp_path_factory):
         "policy.max_grad_norm=0.1", "policy.sequence_packing.train_mb_tokens=256",
     ]  # fmt: skip
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_API_KEY": "planted-secret-0123456789abcdef0123456789"}
-    done = subprocess.run(command(overrides), env=env, capture_output=True, text=True, timeout=240, cwd=folder)
+    done = subprocess.run(command(overrides), env=env, capture_output=True, text=True, timeout=900, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
 
@@ -155,7 +155,7 @@ def test_last_checkpoint_loads_in_a_fresh_engine(short_run, arithmetic_rows):
         [sys.executable, str(ROOT / "evaluate.py"), "--model", str(folder / "checkpoints" / "step_3"), "--k", "4",
          "--data", str(arithmetic_rows / "validation.jsonl"), "--output", str(folder / "evaluation"),
          "--max-new-tokens", "12", "--max-total-sequence-length", "64"],
-        capture_output=True, text=True, timeout=180, cwd=folder,
+        capture_output=True, text=True, timeout=600, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read(arithmetic_rows / "validation.jsonl")
@@ -211,7 +211,7 @@ def test_death_of_the_reward_server_and_of_an_engine(quickstart_overrides, warm_
         assert read(metrics)[-1]["num_unverified"] == 0
         family = [p for p in process.children(recursive=True) if p.is_running()]
         children(process, "ray::RolloutWorker")[0].send_signal(signal.SIGKILL)
-        assert run.wait(timeout=60) == 1
+        assert run.wait(timeout=240) == 1
     finally:
         run.kill()
     lines = errors.read_text()

@@ -215,8 +215,10 @@ def memory_estimate(cfg: Config, shape: Shape, device_bytes: int, head_chunk: in
     return {name: size / GIB for name, size in estimate.items()}
 
 
-def memory_table(cfg: Config, shape: Shape, device_bytes: int, head_chunk: int) -> str:
-    """What `memory_estimate` says, and whether it fits."""
+def memory_table(cfg: Config, shape: Shape, device_bytes: int, head_chunk: int) -> list[str]:
+    """What `memory_estimate` says, and whether it fits, in lines; none without a GPU."""
+    if not device_bytes:
+        return []
     estimate, colocated = memory_estimate(cfg, shape, device_bytes, head_chunk), cfg.policy.generation.colocated
     policy = sum(size for name, size in estimate.items() if name.startswith("policy"))
     engine = sum(estimate.values()) - policy
@@ -233,4 +235,4 @@ def memory_table(cfg: Config, shape: Shape, device_bytes: int, head_chunk: int) 
     lines.append(f"   {need:7.1f}  policy {policy:.1f}, engine {engine:.1f}: {how}")
     if need > device_bytes / GIB:
         lines.append(f"   This may not fit: {OUT_OF_MEMORY_ADVICE}")
-    return "\n".join(lines)
+    return lines

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from config import GRPO, Config, ConfigError, help_text, load_config, seconds
 
@@ -142,17 +143,6 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
     return placement
 
 
-def wait_for_loading(parts: dict[str, list[Any]], timeout_s: float) -> None:
-    """Wait until all parts have loaded. Raises at once what one of them raises, and TimeoutError with the late ones."""
-    names = {ref: name for name, refs in parts.items() for ref in refs}
-    try:
-        ray.get(list(names), timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError:
-        _, waiting = ray.wait(list(names), num_returns=len(names), timeout=0)
-        late = ", ".join(sorted({names[ref] for ref in waiting}))
-        raise TimeoutError(f"not loaded within {timeout_s:.0f} s (cluster.timeout_s): {late}") from None
-
-
 def nodes_with(bundle: dict[str, int], ranks: int, cfg: Config) -> list[str]:
     """Addresses of `cluster.num_nodes` nodes that have `ranks` times `bundle`, the driver's own first."""
     here = ray.get_runtime_context().get_node_id()
@@ -165,6 +155,42 @@ def nodes_with(bundle: dict[str, int], ranks: int, cfg: Config) -> list[str]:
             f"{ranks} x {bundle} on each node, but Ray offers {offers}; correct these keys or add nodes"
         )
     return fit[: cfg.cluster.num_nodes]
+
+
+class Actors:
+    """Ray actors of one kind as one object. Every call has a deadline, `cluster.timeout_s`."""
+
+    def __init__(
+        self,
+        worker: type,
+        arguments: list[tuple],
+        cfg: Config,
+        placement: Any,
+        bundles: list[int],
+        gpus: float,
+        gpu_env: dict[str, str],
+    ):
+        """An actor of class `worker` in each of `bundles`, with its `arguments`, and with `gpus` GPUs if there are any.
+
+        `gpu_env`: environment variables there. On a CPU each gets its share of the cores.
+        """
+        self.timeout_s, self.on_gpu = cfg.cluster.timeout_s, cfg.device == "cuda"
+        threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
+        cpu_env = {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        actor = ray.remote(worker)
+        self.workers = [
+            actor.options(
+                num_cpus=0,
+                num_gpus=gpus if self.on_gpu else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
+                runtime_env={"env_vars": gpu_env if self.on_gpu else cpu_env},
+            ).remote(*given)
+            for bundle, given in zip(bundles, arguments, strict=True)
+        ]
+
+    def all(self, method: str, *args: Any) -> list[Any]:
+        """Call `method` of every actor; their results."""
+        return ray.get([getattr(w, method).remote(*args) for w in self.workers], timeout=self.timeout_s)
 
 
 def check_gates(cfg: GRPO, metrics: dict[str, float], exceeded: dict[str, int]) -> None:
@@ -200,7 +226,7 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
 
 
-def config_from_command_line(description: str) -> Config:
+def read_config(description: str) -> Config:
     """The configuration that `[--config FILE] [section.key=value ...]` asks for; `--help` lists all keys."""
     parser = argparse.ArgumentParser(
         description=description, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -235,7 +261,7 @@ def run_main(function: Callable[[], Any]) -> None:
 
 def main() -> None:
     """Check a configuration without starting anything; submit.sh does, before the job waits in a queue."""
-    check_before_start(config_from_command_line(main.__doc__))
+    check_before_start(read_config(main.__doc__))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ them as the driver sees them.
 """
 
 import math
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ import ray
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,12 +27,11 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import AutoTokenizer
 
 from config import Config, PolicyCfg
+from launch import Actors
 from model import MicroBatch, Sequences, add_partial_gradients, build_model, pack
 from refit import WeightSender, full
 
-WARM_UP_TOKENS = (
-    2048  # torch.compile tunes sums over tokens for the first number that it sees; near that of real batches
-)
+WARM_UP_TOKENS = 2048  # near that of real batches: torch.compile tunes sums over tokens for the first number it sees
 SCALE_STEPS = 2000  # float16: the loss scale doubles after so many steps without an overflow, as in torch's GradScaler
 STEP_FACTS = ("loss", "grad_norm", "lr", "micro_batches", "loss_scale")  # of an update, beside the loss's own metrics
 
@@ -211,11 +208,9 @@ class PolicyWorker(WeightSender):
                 logprobs_T = self.model(mb, self.cfg.generation.temperature).cpu().numpy()
                 ends = np.cumsum([len(batch.response_ids[i]) for i in indices])
                 found |= dict(zip(indices, np.split(logprobs_T, ends)[:-1], strict=True)) if indices else {}
-            for (
-                module
-            ) in self.model.modules():  # without a backward pass gathered weights would outlive the next update
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            # Without a backward pass gathered weights would outlive the next update.
+            for module in (m for m in self.model.modules() if isinstance(m, FSDPModule)):
+                module.reshard()
         return found
 
     @contextmanager
@@ -399,29 +394,20 @@ def clip_gradients(weights: list[nn.Parameter], max_norm: float | None, loss_sca
 # ---------------------------------------------------------------- all ranks, seen from the driver
 
 
-class Policy:
-    """The ranks as one object for the training loop. Every call has a deadline and names what did not answer."""
+class Policy(Actors):
+    """The ranks as one object for the training loop."""
 
     def __init__(self, cfg: Config, placement: Any):
-        self.cfg, self.timeout_s = cfg.policy, cfg.cluster.timeout_s
-        self.on_gpu = gpu = cfg.device == "cuda"
         keep_reference = cfg.loss_fn.reference_policy_kl_penalty > 0
+        common = (cfg.world_size, cfg.device, cfg.cluster.timeout_s, keep_reference)
+        arguments = [(cfg.policy, rank, *common) for rank in range(cfg.world_size)]
+        share = 0.5 if cfg.policy.generation.colocated.enabled else 1.0
+        # This fusion in torch.compile guards on the number of tokens: some micro-batches would compile layers again.
+        env = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"}
+        super().__init__(PolicyWorker, arguments, cfg, placement, cfg.policy_bundles, share, env)
         self.logprobs_too = keep_reference or cfg.policy.train_global_batch_size < cfg.samples_per_step
         self._loss_fn: Callable | None = None
         self._loss_ref: ray.ObjectRef | None = None
-        threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
-        # This fusion in torch.compile guards on the number of tokens: some micro-batches would compile layers again.
-        env = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"} if gpu else {"OMP_NUM_THREADS": threads}
-        actor = ray.remote(PolicyWorker)
-        self.workers = [
-            actor.options(
-                num_cpus=0,
-                num_gpus=(0.5 if cfg.policy.generation.colocated.enabled else 1.0) if gpu else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
-                runtime_env={"env_vars": env},
-            ).remote(cfg.policy, rank, cfg.world_size, cfg.device, self.timeout_s, keep_reference)
-            for rank, bundle in enumerate(cfg.policy_bundles)
-        ]
 
     def start(self) -> list[Any]:
         """Begin loading on all ranks; returns references to wait for (engines load at the same time)."""
@@ -435,35 +421,32 @@ class Policy:
         """Name and bytes of the GPU of rank 0; can be asked before `start`."""
         return ray.get(self.workers[0].gpu.remote(), timeout=self.timeout_s)
 
-    def _all(self, method: str, *args: Any) -> list[Any]:
-        return ray.get([getattr(w, method).remote(*args) for w in self.workers], timeout=self.timeout_s)
-
     def update(
         self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any], trace: str | None = None
     ) -> dict[str, float]:
         """One optimizer step; metrics as `PolicyWorker.update` gives them, the same on every rank."""
         if loss_fn is not self._loss_fn:  # pickling a function of the main script takes milliseconds: once is enough
             self._loss_fn, self._loss_ref = loss_fn, ray.put(loss_fn)
-        return self._all("update", ray.put(batch), self._loss_ref, loss_kwargs, trace)[0]
+        return self.all("update", ray.put(batch), self._loss_ref, loss_kwargs, trace)[0]
 
     def logprobs(self, batch: Sequences, reference: bool = False) -> list[np.ndarray]:
         """Log-probabilities of every response token, in the order of `batch`, under the present or starting weights."""
         merged: dict[int, np.ndarray] = {}
-        for part in self._all("logprobs", ray.put(batch), reference):
+        for part in self.all("logprobs", ray.put(batch), reference):
             merged |= part
         return [merged[i] for i in range(len(batch))]
 
     def save(self, folder: str | Path, publish: Callable[[], None]) -> None:
         """Copy the state and start writing it to `folder`; `publish` runs (on rank 0) when all is written."""
-        self._all("save", str(folder), publish)
+        self.all("save", str(folder), publish)
 
     def wait_saved(self) -> list[tuple[str | None, float]]:
         """Wait for that; each rank's error (None: none) and seconds."""
-        return self._all("wait_saved")
+        return self.all("wait_saved")
 
     def load(self, folder: str | Path) -> None:
-        self._all("load", str(folder))
+        self.all("load", str(folder))
 
     def memory(self) -> dict[str, float]:
-        found = self._all("memory")
+        found = self.all("memory")
         return {k: max(f[k] for f in found) for k in found[0]}

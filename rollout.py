@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from config import Config, PolicyCfg
-from launch import OUT_OF_MEMORY_ADVICE
+from launch import OUT_OF_MEMORY_ADVICE, Actors
 from refit import Link, WeightReceiver, route
 
 
@@ -187,37 +186,26 @@ def use_float32_logits() -> None:
     UnquantizedEmbeddingMethod.apply = apply
 
 
-class RolloutEngines:
-    """All engines as one object for the training loop. Every call has a deadline and names what did not answer."""
+class RolloutEngines(Actors):
+    """All engines as one object for the training loop."""
 
     def __init__(self, cfg: Config, placement: Any, model_name: str | None = None, not_for_kv_cache: int | None = None):
         """`model_name`, `not_for_kv_cache`: as for `RolloutWorker`; the latter is for engines beside a policy only."""
-        not_for_kv_cache = not_for_kv_cache if cfg.policy.generation.colocated.enabled else None
-        self.cfg, self.timeout_s = cfg, cfg.cluster.timeout_s
-        colocated, gpu = cfg.policy.generation.colocated, cfg.device == "cuda"
-        self.sleeps = gpu and colocated.enabled and colocated.sleep
+        colocated, bundles = cfg.policy.generation.colocated, cfg.engine_bundles
+        not_for_kv_cache = not_for_kv_cache if colocated.enabled else None
+        arguments = [
+            (cfg.policy, cfg.grpo.seed + i, cfg.device, model_name, cfg.cluster.timeout_s, not_for_kv_cache)
+            for i in range(len(bundles))
+        ]
+        share = (0.5 if colocated.enabled else 1.0) / cfg.policy.generation.engines_per_gpu
+        super().__init__(RolloutWorker, arguments, cfg, placement, bundles, share, {})
+        self.cfg, self.sleeps = cfg, self.on_gpu and colocated.enabled and colocated.sleep
         self.route = route(cfg.device, colocated.enabled)
         self.link: Link | None = None
-        share = (0.5 if colocated.enabled else 1.0) / cfg.policy.generation.engines_per_gpu
-        threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
-        cpu_env = {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        actor = ray.remote(RolloutWorker)
-        self.workers = [
-            actor.options(
-                num_cpus=0,
-                num_gpus=share if gpu else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
-                runtime_env={"env_vars": {} if gpu else cpu_env},
-            ).remote(cfg.policy, cfg.grpo.seed + i, cfg.device, model_name, self.timeout_s, not_for_kv_cache)
-            for i, bundle in enumerate(cfg.engine_bundles)
-        ]
 
     def start(self) -> list[Any]:
         """References that resolve when the engines are loaded."""
         return [w.ready.remote() for w in self.workers]
-
-    def _all(self, method: str, *args: Any) -> list[Any]:
-        return ray.get([getattr(w, method).remote(*args) for w in self.workers], timeout=self.timeout_s)
 
     def generate(
         self,
@@ -257,7 +245,7 @@ class RolloutEngines:
 
     def sleep(self) -> None:
         if self.sleeps:
-            self._all("sleep")
+            self.all("sleep")
 
     def connect(self, policy_workers: list[Any]) -> None:
         """Once both sides are loaded: agree on how weights travel."""
@@ -267,8 +255,8 @@ class RolloutEngines:
         """Bring the policy's weights into every engine and wake the KV memory. (`generate` forgets cached prefixes.)"""
         if self.sleeps:
             self.link.make_room()
-            self._all("wake_up", "weights")
+            self.all("wake_up", "weights")
         self.link.refit()
         if self.sleeps:
             self.link.make_room()
-            self._all("wake_up", "kv_cache")
+            self.all("wake_up", "kv_cache")

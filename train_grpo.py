@@ -21,9 +21,7 @@ What differs from the GRPO paper, and why:
 
 Axis suffixes of names: _P prompt, _S sample (= prompt x group), _T response token of a micro-batch.
 
-The same command continues from the newest checkpoint. Exit codes: 0 finished; 1 error (one line says which); 2 bad
-usage; 85 stopped by SIGTERM, SIGUSR1 or checkpointing.checkpoint_must_save_by, saved, and to be continued by the same
-command; 143 second SIGTERM, which saves nothing.
+The same command continues from the newest checkpoint. Exit codes: see launch.run_main.
 """
 
 import math
@@ -33,22 +31,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from checkpoint import Checkpoints, Position
 from config import GRPO, Config, LossFn
 from hardware import Limits, Shape, memory_table, not_for_kv_cache
-from launch import (
-    RunError,
-    Stopped,
-    StopRequests,
-    check_before_start,
-    check_gates,
-    config_from_command_line,
-    run_main,
-    start_ray,
-    wait_for_loading,
-)
+from launch import RunError, Stopped, StopRequests, check_before_start, check_gates, read_config, run_main, start_ray
 from logger import Logger
 from model import HEAD_CHUNK, Sequences
 from policy import STEP_FACTS, Policy
@@ -558,17 +547,18 @@ def start(cfg: Config) -> Run:
         policy, shape = Policy(cfg, placement), Shape.of(cfg.policy.model_name)
         engines = RolloutEngines(cfg, placement, not_for_kv_cache=not_for_kv_cache(cfg, shape))
         gpu_name, gpu_bytes = policy.gpu()
-        if gpu_bytes:
-            print(memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK), flush=True)
-        loading = {"policy": policy.start(), "engines": engines.start()}  # in the background, while rows are read here
-        rows, val_path = load_rows(cfg, tokenizer, cfg.data.train_jsonl_fpath), cfg.data.validation_jsonl_fpath
+        for line in memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK):
+            print(line, flush=True)
+        loading = policy.start() + engines.start()  # in the background, while rows are read here
+        data, limit = cfg.data, cfg.policy.max_total_sequence_length
+        rows = Rows(data.train_jsonl_fpath, tokenizer, limit)
         run = Run(
             cfg=cfg,
             log=log,
             tokenizer=tokenizer,
             stop_token_ids=end_of_sequence_ids(cfg.policy.model_name, tokenizer),
             rows=rows,
-            val_rows=load_rows(cfg, tokenizer, val_path) if val_path else None,
+            val_rows=Rows(data.validation_jsonl_fpath, tokenizer, limit) if data.validation_jsonl_fpath else None,
             last_step=rows.number_of_steps(g.num_prompts_per_step, g.max_num_epochs, g.max_num_steps),
             rewards=rewards,
             policy=policy,
@@ -580,16 +570,12 @@ def start(cfg: Config) -> Run:
             batches_drawn=last.batches_drawn,
             exceeded=dict(last.exceeded),
         )
-        wait_for_loading(loading, cfg.cluster.timeout_s)
+        ray.get(loading, timeout=cfg.cluster.timeout_s)
         checkpoints.restore(policy)
         engines.connect(policy.workers)
         engines.refit()
         on_error.pop_all()
     return run
-
-
-def load_rows(cfg: Config, tokenizer: Any, path: str) -> Rows:
-    return Rows(path, tokenizer, cfg.policy.max_total_sequence_length)
 
 
 def stop_if_not_finite(run: Run, result: dict[str, float], samples: list[Sample]) -> None:
@@ -602,7 +588,7 @@ def stop_if_not_finite(run: Run, result: dict[str, float], samples: list[Sample]
 
 
 def main() -> None:
-    train(config_from_command_line("Train a model with GRPO."))
+    train(read_config("Train a model with GRPO."))
 
 
 if __name__ == "__main__":

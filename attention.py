@@ -200,9 +200,10 @@ def key_kernel(
             store_rows(grad_key + kv_head * HEAD_DIM, found_key, columns, end, stride, HEAD_DIM, BLOCK_D)
             store_rows(grad_value + kv_head * HEAD_DIM, found_value, columns, end, stride, HEAD_DIM, BLOCK_D)
         else:
-            part = parts + split * prompt_tokens * stride + kv_head * HEAD_DIM
+            size = prompt_tokens.to(tl.int64) * stride  # all parts together may have more than 2^31 numbers
+            part = parts + split * size + kv_head * HEAD_DIM
             store_rows(part, found_key, columns, end, stride, HEAD_DIM, BLOCK_D)
-            part += (SPLITS + 1) * prompt_tokens * stride
+            part += (SPLITS + 1) * size
             store_rows(part, found_value, columns, end, stride, HEAD_DIM, BLOCK_D)
 
 

@@ -96,13 +96,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def number_of_steps(self, prompts_per_step: int, epochs: int, most: int) -> int:
-        """Steps of a run; each epoch drops its incomplete last batch. Raises ConfigError if not one batch is full."""
+    def number_of_batches(self, prompts_per_step: int, epochs: int) -> int:
+        """In all epochs, which drop their incomplete last batch. Raises ConfigError if not one batch is full."""
         per_epoch = len(self) // prompts_per_step
         if not per_epoch:
             few = f"{self.path} has {len(self)} rows, fewer than grpo.num_prompts_per_step={prompts_per_step}"
             raise ConfigError(few)
-        return min(most, per_epoch * epochs)
+        return per_epoch * epochs
 
     def batch(self, step: int, size: int, seed: int, shuffle: bool) -> list[int]:
         """Row indices of the `step`-th batch (from 0); each epoch has its own order and drops the incomplete end."""

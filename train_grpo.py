@@ -273,7 +273,7 @@ def collect(run: "Run", first: int) -> Batch:
     rewards. It drops whole groups, so that the mean of a group's rewards stays what it was.
     """
     g, kept, drawn = run.cfg.grpo, [], []
-    batches = g.dynamic_sampling_max_gen_batches if g.use_dynamic_sampling else 1
+    batches = min(g.dynamic_sampling_max_gen_batches if g.use_dynamic_sampling else 1, run.num_batches - first)
     for batch in range(batches):
         rows_P = run.rows.batch(first + batch, g.num_prompts_per_step, g.seed, run.cfg.data.shuffle)
         seed = g.seed + first + batch + 1
@@ -291,14 +291,17 @@ def collect(run: "Run", first: int) -> Batch:
     return Batch(kept[: run.cfg.samples_per_step], drawn, first + batch + 1)
 
 
-def next_batch(run: "Run", last: bool) -> Batch:
+def next_batch(run: "Run", step: int) -> Batch:
     """This step's samples; with `grpo.async_one_step_off` those that were drawn while the last update ran.
 
-    Then the next ones are begun here, with weights that will be one update old when they are trained on.
+    Then the next ones are begun here, with weights that will be one update old when they are trained on. Where dynamic
+    sampling has drawn the last batch of `grpo.max_num_epochs`, this step becomes the last one.
     """
     batch = run.ahead.result() if run.ahead else collect(run, run.batches_drawn)
     run.ahead = None
-    if run.cfg.grpo.async_one_step_off and not last:
+    if batch.next == run.num_batches:
+        run.last_step = step
+    if run.cfg.grpo.async_one_step_off and step < run.last_step:
         run.ahead = run.background.submit(collect, run, batch.next)
     return batch
 
@@ -421,6 +424,7 @@ class Run:
     stop_token_ids: list[int]
     rows: Rows
     val_rows: Rows | None
+    num_batches: int  # of prompts, in all epochs
     last_step: int
     rewards: RewardClient
     policy: Policy
@@ -433,19 +437,14 @@ class Run:
     exceeded: dict[str, int]  # for each gate the steps in a row that were beyond it
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     ahead: Future | None = None  # the next step's batch, where it is drawn in the background
+    learned: bool = False  # whether any step of this process had something to learn from
 
 
 def train(cfg: Config) -> None:
-    """The loop. Returns when the last step is done; raises RunError or ConfigError with a one-line reason, or Stopped
-    when asked to stop, after saving."""
+    """A whole run. Raises RunError or ConfigError with a one-line reason, and Stopped, after saving, when asked to."""
     run = start(cfg)
     try:
-        if not run.finished.step:
-            with run.stop.interruptible():
-                validate(run, step=0)
-        for step in range(run.finished.step + 1, run.last_step + 1):
-            run.stop.before_step(run.checkpoints.seconds)
-            train_step(run, step)
+        loop(run)
         run.checkpoints.wait(run.policy)
     except Stopped:
         run.checkpoints.save_unsaved(run.policy, run.finished, run.log.wandb_id)
@@ -459,15 +458,30 @@ def train(cfg: Config) -> None:
         run.log.close()
 
 
+def loop(run: Run) -> None:
+    """Steps until the last one, or until the epochs' prompts are used up."""
+    first = run.finished.step + 1
+    if first == 1:
+        with run.stop.interruptible():
+            validate(run, step=0)
+    while run.finished.step < run.last_step and run.batches_drawn < run.num_batches:
+        run.stop.before_step(run.checkpoints.seconds)
+        train_step(run, run.finished.step + 1)
+    if first == 1 and not run.learned:
+        raise RunError(
+            f"nothing was learned: in none of the {run.finished.step} steps did a group's responses get different "
+            f"rewards; look at them in {run.cfg.logger.log_dir}/rollouts.jsonl"
+        )
+
+
 def train_step(run: Run, step: int) -> None:
     """One step, as the module's docstring and the README describe it."""
     cfg, g = run.cfg, run.cfg.grpo
-    last = step == run.last_step
     run.log.start_step(step, run.last_step)
     # 1. to 4. The next rows of the shuffled file; their token ids to the engines; groups back as they finish, each
     # scored while others are still being generated
     with run.stop.interruptible():
-        batch = next_batch(run, last)
+        batch = next_batch(run, step)
         samples, drawn, run.batches_drawn = batch.samples, batch.drawn, batch.next
     # 5. Advantages within each prompt's group
     advantages_S = group_advantages(
@@ -482,6 +496,7 @@ def train_step(run: Run, step: int) -> None:
         run.engines.sleep()
     with run.log.phase("train"):
         metrics = update_policy(run, samples, advantages_S)
+    run.learned |= metrics["num_optimizer_steps"] > 0
     # 7. Refit: the new weights into the engines, which may still be sampling the next batch
     if run.ahead:
         with run.log.phase("wait"):
@@ -494,7 +509,7 @@ def train_step(run: Run, step: int) -> None:
     run.log.end_step(metrics, drawn, run.limits.utilization)
     check_gates(g, metrics, run.exceeded)
     run.finished = Position(step, run.batches_drawn, dict(run.exceeded), metrics)
-    if cfg.checkpointing.enabled and (step % cfg.checkpointing.save_period == 0 or last):
+    if cfg.checkpointing.enabled and (step % cfg.checkpointing.save_period == 0 or step == run.last_step):
         with run.log.phase("checkpoint"):
             run.checkpoints.save(run.policy, run.finished, run.log.wandb_id)
 
@@ -552,6 +567,7 @@ def start(cfg: Config) -> Run:
         loading = policy.start() + engines.start()  # in the background, while rows are read here
         data, limit = cfg.data, cfg.policy.max_total_sequence_length
         rows = Rows(data.train_jsonl_fpath, tokenizer, limit)
+        num_batches = rows.number_of_batches(g.num_prompts_per_step, g.max_num_epochs)
         run = Run(
             cfg=cfg,
             log=log,
@@ -559,7 +575,8 @@ def start(cfg: Config) -> Run:
             stop_token_ids=end_of_sequence_ids(cfg.policy.model_name, tokenizer),
             rows=rows,
             val_rows=Rows(data.validation_jsonl_fpath, tokenizer, limit) if data.validation_jsonl_fpath else None,
-            last_step=rows.number_of_steps(g.num_prompts_per_step, g.max_num_epochs, g.max_num_steps),
+            num_batches=num_batches,
+            last_step=min(g.max_num_steps, num_batches),
             rewards=rewards,
             policy=policy,
             engines=engines,

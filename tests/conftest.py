@@ -1,5 +1,6 @@
 """Fixtures: tiny random models made by the quickstart's own script, and configurations that run them."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -59,13 +60,16 @@ def untied_model(arithmetic_rows, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def warm_model(arithmetic_rows, tmp_path_factory) -> Path:
-    """The quickstart's own warm-up on sums up to 6 + 6, where it takes seconds: right about one time in three."""
-    folder = tmp_path_factory.mktemp("warm") / "model"
-    script = [sys.executable, str(ROOT / "recipes" / "quickstart_model.py"), "--output", str(folder)]
-    subprocess.run(
-        [*script, "--data", str(arithmetic_rows / "train.jsonl")], check=True, capture_output=True, timeout=600
-    )
+def warm_model(arithmetic_rows, pytestconfig) -> Path:
+    """The quickstart's own warm-up on sums up to 6 + 6, where it takes seconds: right about one time in three.
+
+    Kept in pytest's cache, by what it is made from.
+    """
+    script, data = ROOT / "recipes" / "quickstart_model.py", arithmetic_rows / "train.jsonl"
+    made_from = hashlib.sha256(script.read_bytes() + data.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    folder = pytestconfig.cache.mkdir("warm_model") / made_from
+    command = [sys.executable, str(script), "--data", str(data), "--output", str(folder)]  # does nothing a second time
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     return folder
 
 

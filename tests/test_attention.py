@@ -134,3 +134,22 @@ def test_equals_masked_attention_on_a_gpu(head_dim, dtype):
     for x, y, z in zip(got, again, want, strict=True):
         assert torch.equal(x, y)
         assert (x - z).norm() < (5e-3 if dtype == torch.bfloat16 else 1e-3) * z.norm()
+
+
+@pytest.mark.gpu
+def test_a_prompt_whose_partial_gradients_need_64_bit_offsets():
+    """They are more than 2^31 numbers; the last head's gradients are bit for bit those of that head alone."""
+    device = torch.device("cuda")
+    batch = Sequences([np.zeros(58_400, dtype=np.int64)], [np.zeros(64, dtype=np.int64)], {}, {})
+    mb = MicroBatch.build(batch, device, kernels=True)
+    torch.manual_seed(0)
+    shape = (1, 32, len(mb.input_ids_N), 128)
+    q, k, v, grad = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(4))
+
+    def gradients(first_head: int) -> list[torch.Tensor]:
+        inputs = [x[:, first_head:].detach().requires_grad_() for x in (q, k, v)]
+        shared(*inputs, mb.attention).backward(grad[:, first_head:].transpose(1, 2))
+        return [x.grad[:, -1] for x in inputs]
+
+    for together, alone in zip(gradients(0), gradients(31), strict=True):
+        assert torch.equal(together, alone)

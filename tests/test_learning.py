@@ -1,57 +1,88 @@
 """Learning is real: it happens with every variant and option, and does not happen without a signal."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 
+from checkpoint import Position
 from config import load_config
 from launch import RunError, check_gates
 from logger import Logger
-from train_grpo import stop_if_not_finite
+from reward_client import RewardClient
+from train_grpo import Run, loop, start, stop_if_not_finite
 
 pytestmark = pytest.mark.slow
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
+
+
+BASE = [
+    "grpo.num_prompts_per_step=16", "grpo.val_period=0", "grpo.val_at_start=false", "grpo.max_num_epochs=99",
+    "grpo.max_num_steps=20", "checkpointing.enabled=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(arithmetic_rows, warm_model) -> list[str]:
+    data = [f"data.{split}_jsonl_fpath={arithmetic_rows}/{split}.jsonl" for split in ("train", "validation")]
+    return [*BASE, *data, f"policy.model_name={warm_model}", "grpo.reward_shaping.enabled=false"]
+
+
+@pytest.fixture(scope="module")
+def started(base, tmp_path_factory) -> Iterator[tuple[Run, Path]]:
+    """A run that has made no step yet, and a folder with its state; its processes serve several tests."""
+    folder = tmp_path_factory.mktemp("started")
+    folders = [f"logger.log_dir={folder}", f"checkpointing.checkpoint_dir={folder}/checkpoints"]
+    run = start(load_config(RECIPE, [*base, *folders, "loss_fn.reference_policy_kl_penalty=0.001"]))
+    (folder / "state").mkdir()
+    run.policy.save(folder / "state", lambda: None)
+    assert {error for error, _ in run.policy.wait_saved()} == {None}
+    yield run, folder / "state" / "training_state"
+    run.rewards.close()
+    ray.shutdown()
 
 
 @pytest.fixture
-def run(quickstart_overrides, warm_model, tmp_path):
-    """Run the real script on the warm model and return its exit code, metrics and stderr."""
+def begin(started, base, tmp_path):
+    """The run from its beginning, with other settings of what happens in the driver."""
+    run, state = started
 
-    def start(*overrides: str):
-        command = [sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "recipes" / "quickstart.yaml")]
-        base = [
-            "grpo.num_prompts_per_step=16",
-            "grpo.val_period=0",
-            "grpo.val_at_start=false",
-            "grpo.max_num_epochs=99",
-        ]
-        base += [f"policy.model_name={warm_model}", "checkpointing.save_period=1000"]
-        done = subprocess.run(
-            [*command, *quickstart_overrides, *base, *overrides],
-            capture_output=True,
-            text=True,
-            timeout=900,
-            cwd=tmp_path,
-        )
-        metrics = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
-        return done.returncode, metrics, done.stdout + done.stderr
+    def with_settings(*overrides: str) -> Run:
+        cfg = load_config(RECIPE, [*base, f"logger.log_dir={tmp_path}/logs", *overrides])
+        run.policy.load(state)
+        run.engines.refit()
+        batches = run.rows.number_of_batches(cfg.grpo.num_prompts_per_step, cfg.grpo.max_num_epochs)
+        steps = min(cfg.grpo.max_num_steps, batches)
+        fresh = {"finished": Position(), "batches_drawn": 0, "exceeded": {}, "learned": False}
+        return dataclasses.replace(run, cfg=cfg, log=Logger(cfg), num_batches=batches, last_step=steps, **fresh)
 
-    return start
+    return with_settings
+
+
+def weights(run: Run, folder: Path) -> dict[str, torch.Tensor]:
+    """The policy's weights as a checkpoint has them."""
+    folder.mkdir()
+    run.policy.save(folder, lambda: None)
+    run.policy.wait_saved()
+    return load_file(folder / "model.safetensors")
+
+
+def logged(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
 
 
 OPTIONS = {  # the last is of the variant grpo
     "dr_grpo": ["loss_fn.variant=dr_grpo"],
-    "gspo": ["loss_fn.variant=gspo", "policy.train_global_batch_size=64", "policy.optimizer.lr=4e-4"],
-    "cispo, one step off": [
-        "loss_fn.variant=cispo", "grpo.async_one_step_off=true", "loss_fn.use_importance_sampling_correction=true",
-        "loss_fn.truncated_importance_sampling_ratio=2", "cluster.cpu_ranks_per_node=2",
-        "policy.generation.colocated.enabled=false", "policy.generation.colocated.resources.gpus_per_node=1",
-    ],
+    "gspo": ["loss_fn.variant=gspo", "policy.train_global_batch_size=64"],
     "everything": [
         "policy.train_global_batch_size=64", "loss_fn.reference_policy_kl_penalty=0.001", "loss_fn.ratio_clip_c=3",
         "loss_fn.use_importance_sampling_correction=true", "loss_fn.truncated_importance_sampling_ratio=2",
@@ -64,51 +95,79 @@ OPTIONS = {  # the last is of the variant grpo
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_variant_learns(run, name):
-    code, metrics, output = run("grpo.max_num_steps=20", *OPTIONS[name])
-    assert code == 0, output[-3000:]
-    rewards = [m["reward"] for m in metrics]
-    assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.2, rewards
-    off_policy = [m["gen_kl_error"] > 1e-5 for m in metrics]  # the second batch is drawn during the first update
-    assert off_policy == ([False] + [True] * 19 if "one step off" in name else [False] * 20)
+def test_every_variant_learns(begin, name, capsys, tmp_path):
+    loop(begin(*OPTIONS[name]))
+    metrics = logged(tmp_path)
+    learned(metrics)
+    assert all(m["gen_kl_error"] < 1e-5 for m in metrics)
     if name == "everything":
         assert metrics[0]["num_optimizer_steps"] == 2
         assert {m["num_samples"] for m in metrics} <= {128, 256}  # one batch of prompts, or two where signal was short
         assert max(m["num_samples"] for m in metrics) == 256
         assert metrics[0]["kl_penalty"] < metrics[-1]["kl_penalty"]
         assert metrics[-1]["probs_ratio_max"] > 1.0  # the second optimizer step of a batch is off-policy
-        assert "dynamic sampling:" in output
+        assert "dynamic sampling:" in capsys.readouterr().out
 
 
-def test_a_constant_reward_teaches_nothing(run, warm_model, tmp_path):
-    """Weights bit for bit as before, even with weight decay: a batch without signal makes no optimizer step."""
+def learned(metrics: list[dict]) -> None:
+    rewards = [m["reward"] for m in metrics]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.2, rewards
+
+
+def test_a_constant_reward_teaches_nothing(begin, tmp_path):
+    """Weights bit for bit as before, even with weight decay, and the run says so: no step had anything to learn from.
+
+    Dynamic sampling draws three batches for the first step, and the last of the four in two epochs for the second.
+    """
     (tmp_path / "constant.py").write_text("def constant(text, row):\n    return 1.0\n")
-    command = [sys.executable, str(ROOT / "reward_server.py"), "--verifier", f"{tmp_path}/constant.py:constant"]
-    server = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
-    try:
-        url = server.stdout.readline().split()[-1]
-        code, metrics, output = run(
-            f"env.reward_url={url}", "grpo.max_num_steps=2", "policy.optimizer.weight_decay=0.1"
-        )
-    finally:
-        server.terminate()
-        server.wait(20)
-    assert code == 0, output[-3000:]
+    run = begin(
+        f"env.verifier={tmp_path}/constant.py:constant", "grpo.num_prompts_per_step=200",
+        "grpo.num_generations_per_prompt=2", "grpo.max_num_epochs=2", "grpo.use_dynamic_sampling=true",
+        "grpo.dynamic_sampling_max_gen_batches=3",
+    )  # fmt: skip
+    before = weights(run, tmp_path / "before")
+    run.rewards = RewardClient(run.cfg.env, tmp_path)
+    with pytest.raises(RunError, match="nothing was learned: in none of the 2 steps did a group's responses get diff"):
+        loop(run)
+    run.rewards.close()
+    metrics = logged(tmp_path)
+    assert [m["num_samples"] for m in metrics] == [1200, 400]
     assert [m["reward"] for m in metrics] == [1.0, 1.0]
     assert [m["frac_zero_signal_groups"] for m in metrics] == [1.0, 1.0]
-    assert "nothing to learn" in output
-    from safetensors.torch import load_file
-
-    before = load_file(Path(warm_model) / "model.safetensors")
-    after = load_file(tmp_path / "checkpoints" / "step_2" / "model.safetensors")
+    after = weights(run, tmp_path / "after")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_learning_rate_zero_does_not_drift_and_a_limit_stops_the_run(run):
+@pytest.fixture
+def script(base, tmp_path):
+    """Run the real script and return its exit code, metrics and output."""
+
+    def run_script(*overrides: str):
+        command = [sys.executable, str(ROOT / "train_grpo.py"), "--config", str(RECIPE), *base]
+        folders = [f"logger.log_dir={tmp_path}/logs", f"checkpointing.checkpoint_dir={tmp_path}/checkpoints"]
+        done = subprocess.run([*command, *folders, *overrides], capture_output=True, text=True, timeout=900)
+        return done.returncode, logged(tmp_path), done.stdout + done.stderr
+
+    return run_script
+
+
+def test_one_step_off_on_two_ranks_learns(script):
+    code, metrics, output = script(
+        "loss_fn.variant=cispo", "grpo.async_one_step_off=true", "loss_fn.use_importance_sampling_correction=true",
+        "loss_fn.truncated_importance_sampling_ratio=2", "cluster.cpu_ranks_per_node=2",
+        "policy.generation.colocated.enabled=false", "policy.generation.colocated.resources.gpus_per_node=1",
+    )  # fmt: skip
+    assert code == 0, output[-3000:]
+    learned(metrics)
+    # the second batch is drawn during the first update
+    assert [m["gen_kl_error"] > 1e-5 for m in metrics] == [False] + [True] * 19
+
+
+def test_learning_rate_zero_does_not_drift_and_a_limit_stops_the_run(script):
     """Five steps leave engine and trainer as close as at the start; a limit below that ends the run, all logged."""
-    code, metrics, output = run(
-        "policy.optimizer.lr=0", "grpo.max_num_steps=9", "grpo.max_token_mult_prob_error=0.5", "grpo.gate_patience=5"
+    code, metrics, output = script(
+        "policy.optimizer.lr=0", "grpo.max_token_mult_prob_error=0.5", "grpo.gate_patience=5"
     )
     assert code == 1
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]

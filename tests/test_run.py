@@ -271,14 +271,14 @@ def test_batches_cover_each_epoch_once_in_its_own_order(arithmetic_rows, tiny_mo
     assert rows.batch(1, 100, 1, False) == list(range(100, 200))
 
 
-def test_number_of_steps(arithmetic_rows, tiny_model):
+def test_number_of_batches(arithmetic_rows, tiny_model):
     from transformers import AutoTokenizer
 
     rows = Rows(f"{arithmetic_rows}/train.jsonl", AutoTokenizer.from_pretrained(tiny_model), 64)
     half = len(rows) // 2
-    assert rows.number_of_steps(half, epochs=1, most=10) == 2
-    assert rows.number_of_steps(half, epochs=9, most=10) == 10
+    assert rows.number_of_batches(half, epochs=1) == 2
+    assert rows.number_of_batches(half - 1, epochs=9) == 18
     with pytest.raises(
         ConfigError, match=f"has {len(rows)} rows, fewer than grpo.num_prompts_per_step={len(rows) + 1}"
     ):
-        rows.number_of_steps(len(rows) + 1, epochs=1, most=10)
+        rows.number_of_batches(len(rows) + 1, epochs=1)

@@ -1,22 +1,22 @@
 """Typed schema of `config.yaml`, `defaults:` inheritance, command-line overrides, and errors for what is wrong.
 
-Section and key names follow NeMo RL, so that its users feel at home; every key here is read somewhere.
-`load_config(path, overrides)` is the only entry point. Anything wrong raises `ConfigError`, whose text is one line
-that says what, where, and what to do. A key is declared once, with type, default, meaning and range:
+Section and key names follow NeMo RL, so that its users feel at home; every key here is read somewhere. A key is
+declared once, with type, default, meaning and range:
 
     num_prompts_per_step: int = key(64, "prompts sampled per step", least=1)
 
-OmegaConf checks names and types, `check_ranges` the ranges, the two `..._contradictions` what does not fit together.
+`load_config(path, overrides)` is the only entry point. OmegaConf checks names and types, `check_ranges` the ranges,
+`contradictions` what does not fit together.
 """
 
 import dataclasses
 import json
 import math
 import operator
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ STEP = "${mul:${grpo.num_prompts_per_step},${grpo.num_generations_per_prompt}}" 
 LLM_ARGUMENTS = """model load_format skip_tokenizer_init dtype seed max_model_len max_num_seqs gpu_memory_utilization
 kv_cache_memory_bytes enforce_eager enable_chunked_prefill enable_sleep_mode logprobs_mode disable_log_stats"""
 
-BOUNDS = {  # for each argument of `key`: the words that tell the user, and the test of a value against the bound
+BOUNDS = {  # for each bound that `key` takes: its words in messages, and the test that a value must pass
     "least": ("at least", operator.ge),
     "above": ("above", operator.gt),
     "most": ("at most", operator.le),
@@ -258,16 +258,15 @@ class Config:
     @property
     def policy_bundles(self) -> list[int]:
         """The bundle of each policy rank: all of them, or the first ones of each node where engines are apart."""
-        colocated = self.policy.generation.colocated
-        theirs = 0 if colocated.enabled else colocated.resources.gpus_per_node or 0
-        return [b for b in range(self.num_bundles) if b % self.bundles_per_node < self.bundles_per_node - theirs]
+        engine_gpus = self.policy.generation.colocated.resources.gpus_per_node or 0
+        return [b for b in range(self.num_bundles) if b % self.bundles_per_node < self.bundles_per_node - engine_gpus]
 
     @property
     def engine_bundles(self) -> list[int]:
-        """The bundle of each engine."""
-        gen, policy = self.policy.generation, self.policy_bundles
-        own = policy if gen.colocated.enabled else [b for b in range(self.num_bundles) if b not in policy]
-        return [b for b in own for _ in range(gen.engines_per_gpu)]
+        """The bundle of each engine: those of the policy, or the rest."""
+        colocated, policy = self.policy.generation.colocated.enabled, self.policy_bundles
+        with_engines = [b for b in range(self.num_bundles) if colocated or b not in policy]
+        return [b for b in with_engines for _ in range(self.policy.generation.engines_per_gpu)]
 
     @property
     def world_size(self) -> int:
@@ -298,7 +297,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     of its range, and values that contradict each other.
     """
     cfg = OmegaConf.structured(Config)
-    for where, tree in chain(_read_files(Path(path)), map(_parse_override, overrides)):
+    for where, tree in [*_read_files(Path(path)), *map(_parse_override, overrides)]:
         with _one_line_errors(where):
             cfg = OmegaConf.merge(cfg, tree)
         for name in TEXT_KEYS:
@@ -307,7 +306,9 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
                 raise ConfigError(f"{where}: {name} is text, but YAML reads {value!r} there; put the text in quotes")
     with _one_line_errors(f"config file '{path}'"):
         loaded = OmegaConf.to_object(cfg)
-    check(loaded)
+    check_ranges(loaded)
+    for message in contradictions(loaded):
+        raise ConfigError(message)
     return loaded
 
 
@@ -328,11 +329,10 @@ def _parse_override(text: str) -> tuple[str, DictConfig]:
     name, equals, value = text.lstrip("+").partition("=")
     if not equals or not name:
         raise ConfigError(f"cannot read override '{text}'; write section.key=value")
-    where = f"override '{text}'"
+    where, tree = f"override '{text}'", OmegaConf.create({})
     with _one_line_errors(where):
         if name not in TEXT_KEYS:
             return where, OmegaConf.from_dotlist([f"{name}={value}"])
-        tree = OmegaConf.create({})
         OmegaConf.update(tree, name, None if value == "null" else value)
         return where, tree
 
@@ -353,24 +353,6 @@ def _one_line_errors(where: str) -> Iterator[None]:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(e).split())}") from None
 
 
-def seconds(text: str) -> float:
-    """Seconds in "DD:HH:MM:SS". Raises ConfigError for anything else."""
-    parts = text.split(":")
-    if len(parts) != 4 or not all(p.isdecimal() for p in parts):
-        raise ConfigError(f"checkpointing.checkpoint_must_save_by='{text}' is not DD:HH:MM:SS, such as 00:03:45:00")
-    days, hours, minutes, rest = map(int, parts)
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
-
-
-def check(cfg: Config) -> None:
-    """Raise ConfigError for the first value out of its range, or else the first contradiction between values."""
-    check_ranges(cfg)
-    for message in chain(policy_contradictions(cfg), other_contradictions(cfg)):
-        raise ConfigError(message)
-    if cfg.checkpointing.checkpoint_must_save_by:
-        seconds(cfg.checkpointing.checkpoint_must_save_by)
-
-
 def check_ranges(cfg: Config) -> None:
     """Raise ConfigError for the first value that is outside the bounds of its key, or infinite."""
     for name, f in KEYS.items():
@@ -386,36 +368,33 @@ def range_of(f: dataclasses.Field) -> str:
     return " and ".join(f"{BOUNDS[b][0]} {bound}" for b, bound in f.metadata["bounds"].items())
 
 
-def policy_contradictions(cfg: Config) -> Iterator[str]:
-    """A message for each value of the policy or its engines that contradicts another one."""
-    p, gen, own = cfg.policy, cfg.policy.generation, cfg.policy.generation.colocated
-    size, packed, longest = p.train_global_batch_size, p.sequence_packing.train_mb_tokens, p.max_total_sequence_length
-    tp, window, engines = p.dtensor_cfg.tensor_parallel_size, gen.vllm_cfg.max_model_len, gen.engines_per_gpu
-    step = f"{cfg.grpo.num_prompts_per_step} x {cfg.grpo.num_generations_per_prompt} = {cfg.samples_per_step}"
-    if cfg.samples_per_step % size:
-        yield f"policy.train_global_batch_size={size} does not divide the {step} samples of a step"
+def contradictions(cfg: Config) -> Iterator[str]:
+    """A message for each value that contradicts another one, or that nothing here could use."""
+    g, loss, p, gen = cfg.grpo, cfg.loss_fn, cfg.policy, cfg.policy.generation
+    shaping, own, engine_gpus = g.reward_shaping, gen.colocated, gen.colocated.resources.gpus_per_node
+    batch, packed, longest = p.train_global_batch_size, p.sequence_packing.train_mb_tokens, p.max_total_sequence_length
+    tp, window = p.dtensor_cfg.tensor_parallel_size, gen.vllm_cfg.max_model_len
+    corrects, judge = loss.use_importance_sampling_correction, cfg.env.should_use_judge
+    metric, save_by = cfg.checkpointing.metric_name, cfg.checkpointing.checkpoint_must_save_by
+    step = f"{g.num_prompts_per_step} x {g.num_generations_per_prompt} = {cfg.samples_per_step}"
+    if own.enabled and engine_gpus is not None:
+        yield "policy.generation.colocated.resources.gpus_per_node needs colocated.enabled=false"
+    if not own.enabled and not 0 < (engine_gpus or 0) < cfg.bundles_per_node:
+        yield f"colocated.enabled=false needs colocated.resources.gpus_per_node from 1 to {cfg.bundles_per_node - 1}"
+    if cfg.samples_per_step % batch:
+        yield f"policy.train_global_batch_size={batch} does not divide the {step} samples of a step"
     if packed < longest:
         yield f"policy.sequence_packing.train_mb_tokens={packed} is below policy.max_total_sequence_length={longest}"
+    if window < longest:
+        yield f"policy.generation.vllm_cfg.max_model_len={window} is below policy.max_total_sequence_length={longest}"
     if cfg.world_size % tp:
         yield f"policy.dtensor_cfg.tensor_parallel_size={tp} does not divide the {cfg.world_size} policy ranks"
     if gen.top_p != 1 or gen.top_k is not None:
         yield f"policy.generation.top_p={gen.top_p} top_k={gen.top_k}: training needs 1.0 and null (the full softmax)"
-    if window < longest:
-        yield f"policy.generation.vllm_cfg.max_model_len={window} is below policy.max_total_sequence_length={longest}"
-    if engines > 1 and gen.vllm_cfg.kv_cache_memory_bytes is None:
-        yield f"policy.generation.engines_per_gpu={engines} needs vllm_cfg.kv_cache_memory_bytes for each engine"
-    if own.enabled and own.resources.gpus_per_node is not None:
-        yield "policy.generation.colocated.resources.gpus_per_node needs colocated.enabled=false"
-    if not own.enabled and not 0 < (own.resources.gpus_per_node or 0) < cfg.bundles_per_node:
-        yield f"colocated.enabled=false needs colocated.resources.gpus_per_node from 1 to {cfg.bundles_per_node - 1}"
+    if gen.engines_per_gpu > 1 and gen.vllm_cfg.kv_cache_memory_bytes is None:
+        yield "policy.generation.engines_per_gpu above 1 needs vllm_cfg.kv_cache_memory_bytes for each engine"
     for name in gen.vllm_kwargs.keys() & {*LLM_ARGUMENTS.split(), "tensor_parallel_size"}:
         yield f"policy.generation.vllm_kwargs.{name} is set by the program; look for its own key in `--help`"
-
-
-def other_contradictions(cfg: Config) -> Iterator[str]:
-    """A message for each value of the other sections that contradicts another one."""
-    g, loss, shaping, metric = cfg.grpo, cfg.loss_fn, cfg.grpo.reward_shaping, cfg.checkpointing.metric_name
-    apart, corrects = not cfg.policy.generation.colocated.enabled, loss.use_importance_sampling_correction
     if loss.truncated_importance_sampling_ratio is not None and not corrects:
         yield "loss_fn.truncated_importance_sampling_ratio needs loss_fn.use_importance_sampling_correction=true"
     # NeMo RL turns on GSPO with this key. Here it belongs to the correction of the engine's probabilities.
@@ -425,15 +404,17 @@ def other_contradictions(cfg: Config) -> Iterator[str]:
             "loss_fn.sequence_level_importance_ratios needs use_importance_sampling_correction=true and "
             "token_level_loss=true; for GSPO, which NeMo RL spells so, set loss_fn.variant=gspo"
         )
-    if g.async_one_step_off and not (apart and corrects):
+    if g.async_one_step_off and (own.enabled or not corrects):
         yield "grpo.async_one_step_off needs colocated.enabled=false and use_importance_sampling_correction=true"
     # A limit beyond what the engine generates, or a buffer longer than the limit, would not be what anybody means.
-    ordered = shaping.overlong_buffer_length <= shaping.max_response_length <= cfg.policy.generation.max_new_tokens
+    ordered = shaping.overlong_buffer_length <= shaping.max_response_length <= gen.max_new_tokens
     if shaping.enabled and not ordered:
         yield "grpo.reward_shaping needs overlong_buffer_length <= max_response_length <= generation.max_new_tokens"
     if "/" in metric:
         yield f"checkpointing.metric_name={metric} is W&B's name for it; write {metric.replace('validation/', 'val:')}"
-    if cfg.env.should_use_judge and not (cfg.env.judge_url or cfg.env.reward_url):
+    if save_by is not None and not re.fullmatch(r"\d+:\d+:\d+:\d+", save_by):
+        yield f"checkpointing.checkpoint_must_save_by='{save_by}' is not DD:HH:MM:SS, such as 00:03:45:00"
+    if judge and not (cfg.env.judge_url or cfg.env.reward_url):
         yield "env.should_use_judge=true needs env.judge_url"
 
 

@@ -56,7 +56,7 @@ def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
 
 
 def summarize(rows: list[list[dict]], k: int) -> dict[str, float]:
-    """avg@k, pass@j and maj@k of scored answers [row][answer], with `_low` and `_high` ends of their intervals.
+    """avg@k, pass@j and maj@k of scored answers [row][answer], with `_low` and `_high` ends of their intervals; printed.
 
     Unverified answers are left out and counted. Where they are, pass@j of the row is pass@ of the answers it has.
     Raises RunError if no answer was verified.
@@ -81,18 +81,10 @@ def summarize(rows: list[list[dict]], k: int) -> dict[str, float]:
         for row, row_rewards in zip(verified, rewards, strict=True)
     ]
     for name, values in series.items():
-        metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = interval(values)
+        metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = mean, low, high = interval(values)
+        print(f"{name:8} {mean:.3f}   95 % interval {low:.3f} to {high:.3f}")
+    print("{answers} answers to {rows} rows, {truncation_rate:.1%} cut off, {num_unverified} unverified".format(**metrics))
     return metrics
-
-
-def report(metrics: dict[str, float]) -> None:
-    """Print the metrics."""
-    for name in metrics:
-        if "@" in name and not name.endswith(("_low", "_high")):
-            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
-            print(f"{name:8} {metrics[name]:.3f}   95 % interval {low:.3f} to {high:.3f}")
-    cut_off, unverified = metrics["truncation_rate"], metrics["num_unverified"]
-    print(f"{metrics['answers']} answers to {metrics['rows']} rows, {cut_off:.1%} cut off, {unverified} unverified")
 
 
 # ---------------------------------------------------------------- what is there already
@@ -101,9 +93,9 @@ def report(metrics: dict[str, float]) -> None:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the answers: they are only continued under the same. Of a model in a folder its files count."""
     names = ("k", "temperature", "max_new_tokens", "max_total_sequence_length", "seed")
-    weights = [(file.name, file.stat()) for file in sorted(Path(args.model).glob("*.safetensors"))]
+    files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(args.model).glob("*.safetensors"))]
     return {name: vars(args)[name] for name in names} | {
-        "model": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in weights] or args.model,
+        "model": files or args.model,
         "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
     }
 
@@ -184,7 +176,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
             add_rows(args, cfg, tokenizer, data, missing, stop)
         done = finished_rows(samples, args.k)
     metrics = summarize([done[row] for row in wanted], args.k)
-    report(metrics)
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     print(f"wrote {samples} and metrics.json")
     return metrics

@@ -56,7 +56,7 @@ def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
 
 
 def summarize(rows: list[list[dict]], k: int) -> dict[str, float]:
-    """avg@k, pass@j and maj@k of scored answers [row][answer], with `_low` and `_high` ends of their intervals; printed.
+    """avg@k, pass@j and maj@k of scored answers [row][answer], with `_low` and `_high` ends of their intervals.
 
     Unverified answers are left out and counted. Where they are, pass@j of the row is pass@ of the answers it has.
     Raises RunError if no answer was verified.
@@ -81,10 +81,17 @@ def summarize(rows: list[list[dict]], k: int) -> dict[str, float]:
         for row, row_rewards in zip(verified, rewards, strict=True)
     ]
     for name, values in series.items():
-        metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = mean, low, high = interval(values)
-        print(f"{name:8} {mean:.3f}   95 % interval {low:.3f} to {high:.3f}")
-    print("{answers} answers to {rows} rows, {truncation_rate:.1%} cut off, {num_unverified} unverified".format(**metrics))
+        metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = interval(values)
     return metrics
+
+
+def report(metrics: dict[str, float]) -> None:
+    for name in metrics:
+        if f"{name}_low" in metrics:
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            print(f"{name:8} {metrics[name]:.3f}   95 % interval {low:.3f} to {high:.3f}")
+    cut_off, unverified = metrics["truncation_rate"], metrics["num_unverified"]
+    print(f"{metrics['answers']} answers to {metrics['rows']} rows, {cut_off:.1%} cut off, {unverified} unverified")
 
 
 # ---------------------------------------------------------------- what is there already
@@ -93,7 +100,7 @@ def summarize(rows: list[list[dict]], k: int) -> dict[str, float]:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the answers: they are only continued under the same. Of a model in a folder its files count."""
     names = ("k", "temperature", "max_new_tokens", "max_total_sequence_length", "seed")
-    files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(args.model).glob("*.safetensors"))]
+    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(args.model).glob("*.safetensors"))]
     return {name: vars(args)[name] for name in names} | {
         "model": files or args.model,
         "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
@@ -176,6 +183,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
             add_rows(args, cfg, tokenizer, data, missing, stop)
         done = finished_rows(samples, args.k)
     metrics = summarize([done[row] for row in wanted], args.k)
+    report(metrics)
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     print(f"wrote {samples} and metrics.json")
     return metrics
@@ -194,20 +202,19 @@ def add_rows(
         groups = engines.generate(prompts, args.k, seeds, stop_ids, args.temperature)
         with (args.output / "samples.jsonl").open("a") as file:
 
-            def write_first() -> None:
-                answers, verdicts = pending.popleft()
-                file.write(row_lines([a | v for a, v in zip(answers, verdicts.result(), strict=True)]))
-                file.flush()
+            def write(finished_only: bool) -> None:
+                while pending and (pending[0][1].done() or not finished_only):
+                    answers, verdicts = pending.popleft()
+                    file.write(row_lines([a | v for a, v in zip(answers, verdicts.result(), strict=True)]))
+                    file.flush()
 
             for group in tqdm(groups, total=len(rows), disable=None):
                 row, texts = rows[group.index], tokenizer.batch_decode(group.response_ids, skip_special_tokens=True)
-                reasons = zip(texts, group.finish_reasons, strict=True)
-                answers = [{"row": row, "text": text, "truncated": why == "length"} for text, why in reasons]
+                cut_off = [reason == "length" for reason in group.finish_reasons]
+                answers = [{"row": row, "text": t, "truncated": c} for t, c in zip(texts, cut_off, strict=True)]
                 pending.append((answers, rewards.submit(texts, data.rows[row])))
-                while pending and pending[0][1].done():
-                    write_first()
-            while pending:
-                write_first()
+                write(finished_only=True)
+            write(finished_only=False)
     finally:
         rewards.close()
 

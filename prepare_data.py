@@ -28,6 +28,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -278,15 +279,14 @@ def good_rows(source: Source, bad: list[str]) -> Iterator[tuple[Row, bytes]]:
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
-ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str).encode
-
 
 def json_line(row: Row) -> bytes:
     """One line. JSON has neither infinity nor NaN, which become null, nor dates and decimals, which become text."""
+    encode = partial(json.dumps, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
     try:
-        text = ENCODE(row)
+        text = encode(row)
     except ValueError:
-        text = ENCODE(json.loads(json.dumps(row, default=str), parse_constant=lambda _: None))
+        text = encode(json.loads(json.dumps(row, default=str), parse_constant=lambda _: None))
     return text.encode() + b"\n"
 
 
@@ -309,11 +309,7 @@ class SplitWriter:
         if dedup and key in self.seen:
             count["duplicates_dropped"] += 1
             return
-        prompt = row["responses_create_params"]["input"]
-        if self.tokenizer:
-            length = len(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-        else:
-            length = sum(len(message["content"]) for message in prompt)
+        length = self.length(row["responses_create_params"]["input"])
         too_long = args.max_prompt_length is not None and length > args.max_prompt_length
         count["too_long"] += too_long
         if too_long and args.drop_long:
@@ -324,9 +320,14 @@ class SplitWriter:
         self.seen.add(key)
         self.answers.add(hash(row["expected_answer"]))
         self.sample = self.sample or row
-        line *= args.num_repeats
-        self.sha256.update(line)
-        self.file.write(line)
+        self.sha256.update(line * args.num_repeats)
+        self.file.write(line * args.num_repeats)
+
+    def length(self, prompt: list[dict[str, str]]) -> int:
+        """Tokens of a prompt as the model gets it; without a tokenizer characters."""
+        if self.tokenizer:
+            return len(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+        return sum(len(message["content"]) for message in prompt)
 
     def finish(self) -> Row:
         """Close the file; what *_metrics.json says, which is the same for the same rows."""
@@ -337,14 +338,10 @@ class SplitWriter:
 
 
 def length_statistics(counts: Counter[int]) -> Row:
-    """Minimum, maximum, mean, median and a histogram (bin i counts edges[i] <= length < edges[i + 1])."""
+    """Minimum, maximum, mean and median of lengths, of which `counts` says how often each occurs."""
     lengths = np.repeat(list(counts), list(counts.values()))
-    low, high = int(lengths.min()), int(lengths.max())
-    width = (high - low) // 10 + 1
-    edges = np.arange(low, high + 1 + width, width)
-    histogram = {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
     mean, median = round(float(lengths.mean()), 3), float(np.median(lengths))
-    return {"min": low, "max": high, "mean": mean, "median": median, "histogram": histogram}
+    return {"min": int(lengths.min()), "max": int(lengths.max()), "mean": mean, "median": median}
 
 
 def goes_to_validation(question: str, args: argparse.Namespace) -> bool:

@@ -100,8 +100,9 @@ class Rows:
         """Steps of a run; each epoch drops its incomplete last batch. Raises ConfigError if not one batch is full."""
         per_epoch = len(self) // prompts_per_step
         if not per_epoch:
-            few = f"{self.path} has {len(self)} rows, fewer than grpo.num_prompts_per_step={prompts_per_step}"
-            raise ConfigError(few)
+            raise ConfigError(
+                f"{self.path} has {len(self)} rows, fewer than grpo.num_prompts_per_step={prompts_per_step}"
+            )
         return min(most, per_epoch * epochs)
 
     def batch(self, step: int, size: int, seed: int, shuffle: bool) -> list[int]:

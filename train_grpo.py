@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from checkpoint import Checkpoints, Position
@@ -47,7 +48,6 @@ from launch import (
     config_from_command_line,
     run_main,
     start_ray,
-    wait_for_loading,
 )
 from logger import Logger
 from model import HEAD_CHUNK, Sequences
@@ -560,7 +560,7 @@ def start(cfg: Config) -> Run:
         gpu_name, gpu_bytes = policy.gpu()
         if gpu_bytes:
             print(memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK), flush=True)
-        loading = {"policy": policy.start(), "engines": engines.start()}  # in the background, while rows are read here
+        loading = policy.start() + engines.start()  # in the background, while rows are read here
         rows, val_path = load_rows(cfg, tokenizer, cfg.data.train_jsonl_fpath), cfg.data.validation_jsonl_fpath
         run = Run(
             cfg=cfg,
@@ -580,7 +580,7 @@ def start(cfg: Config) -> Run:
             batches_drawn=last.batches_drawn,
             exceeded=dict(last.exceeded),
         )
-        wait_for_loading(loading, cfg.cluster.timeout_s)
+        ray.get(loading, timeout=cfg.cluster.timeout_s)
         checkpoints.restore(policy)
         engines.connect(policy.workers)
         engines.refit()

@@ -4,17 +4,15 @@ import os
 import re
 import subprocess
 import sys
-import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
 import pytest
-import ray
 from conftest import ROOT
 
 from config import ConfigError, load_config
-from launch import RunError, Stopped, check_before_start, run_main, wait_for_loading
+from launch import RunError, Stopped, check_before_start, run_main
 
 LOCAL_RUN = """
 import ray, launch
@@ -80,27 +78,6 @@ def test_a_run_beside_what_an_earlier_ray_left():
                 process.kill()
     assert "nodes 1 cluster" in done.stdout
     assert f":{port}" not in done.stdout
-
-
-@pytest.mark.slow
-def test_loading_fails_at_once_or_names_what_is_late():
-    @ray.remote(num_cpus=0)
-    def load(seconds: float | None) -> None:
-        if seconds is None:
-            raise ValueError("no such model")
-        time.sleep(seconds)
-
-    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error")
-    try:
-        began = time.monotonic()
-        with pytest.raises(ValueError, match="no such model"):
-            wait_for_loading({"policy": [load.remote(None)], "engines": [load.remote(600)]}, 60)
-        assert time.monotonic() - began < 30
-        with pytest.raises(TimeoutError, match=r"not loaded within 10 s \(cluster.timeout_s\): engines$"):
-            wait_for_loading({"policy": [load.remote(0)], "engines": [load.remote(0), load.remote(600)]}, 10)
-        wait_for_loading({"policy": [load.remote(0)], "engines": [load.remote(0)]}, 60)
-    finally:
-        ray.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,6 @@ class SplitWriter:
     def __init__(self, path: Path, args: argparse.Namespace, tokenizer: Any) -> None:
         self.args, self.tokenizer = args, tokenizer
         self.file = open(path, "wb")  # noqa: SIM115 - closed by finish()
-        self.sha256 = hashlib.sha256()
         self.count = dict.fromkeys(("rows", "duplicates", "duplicates_dropped", "bad_skipped", "too_long"), 0)
         self.lengths: Counter[int] = Counter()
         self.seen: set[int] = set()
@@ -309,7 +308,11 @@ class SplitWriter:
         if dedup and key in self.seen:
             count["duplicates_dropped"] += 1
             return
-        length = self.length(row["responses_create_params"]["input"])
+        prompt = row["responses_create_params"]["input"]
+        if self.tokenizer:
+            length = len(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+        else:
+            length = sum(len(message["content"]) for message in prompt)
         too_long = args.max_prompt_length is not None and length > args.max_prompt_length
         count["too_long"] += too_long
         if too_long and args.drop_long:
@@ -320,21 +323,14 @@ class SplitWriter:
         self.seen.add(key)
         self.answers.add(hash(row["expected_answer"]))
         self.sample = self.sample or row
-        self.sha256.update(line * args.num_repeats)
         self.file.write(line * args.num_repeats)
-
-    def length(self, prompt: list[dict[str, str]]) -> int:
-        """Tokens of a prompt as the model gets it; without a tokenizer characters."""
-        if self.tokenizer:
-            return len(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-        return sum(len(message["content"]) for message in prompt)
 
     def finish(self) -> Row:
         """Close the file; what *_metrics.json says, which is the same for the same rows."""
         self.file.close()
         unit = "prompt_tokens" if self.tokenizer else "prompt_characters"
         counts = {**self.count, "distinct_answers": len(self.answers)}
-        return {**counts, unit: length_statistics(self.lengths), "sha256": self.sha256.hexdigest()}
+        return {**counts, unit: length_statistics(self.lengths)}
 
 
 def length_statistics(counts: Counter[int]) -> Row:

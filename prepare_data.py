@@ -296,14 +296,14 @@ class SplitWriter:
     def __init__(self, path: Path, args: argparse.Namespace, tokenizer: Any) -> None:
         self.args, self.tokenizer = args, tokenizer
         self.file = open(path, "wb")  # noqa: SIM115 - closed by finish()
-        self.count = dict.fromkeys(("rows", "duplicates", "duplicates_dropped", "bad_skipped", "too_long"), 0)
+        self.count = dict.fromkeys(("rows", "duplicates", "duplicates_dropped", "bad_skipped", "too_long_dropped"), 0)
         self.lengths: Counter[int] = Counter()
         self.seen: set[int] = set()
         self.answers: set[int] = set()
         self.sample: Row = {}
 
     def add(self, row: Row, line: bytes, dedup: bool) -> None:
-        """Write the row, --num-repeats times, unless it repeats another or is too long and such rows are dropped."""
+        """Write the row, --num-repeats times, unless it is too long, or repeats another with `dedup`."""
         args, count, key = self.args, self.count, hash((row["question"], row["expected_answer"]))
         if dedup and key in self.seen:
             count["duplicates_dropped"] += 1
@@ -313,9 +313,8 @@ class SplitWriter:
             length = len(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
         else:
             length = sum(len(message["content"]) for message in prompt)
-        too_long = args.max_prompt_length is not None and length > args.max_prompt_length
-        count["too_long"] += too_long
-        if too_long and args.drop_long:
+        if args.max_prompt_length and length > args.max_prompt_length:
+            count["too_long_dropped"] += 1
             return
         count["rows"] += args.num_repeats
         count["duplicates"] += key in self.seen
@@ -420,8 +419,7 @@ def common_options() -> Parser:
     own = "default: the row's own prompt where it has one, else " + json.dumps(MATH_TEMPLATE)
     add("--prompt-template", type=template_text, help="text with {question} in it, or a file with such a text; " + own)
     add("--tokenizer", help="model folder or hub name: measure prompts in tokens, with the chat template")
-    add("--max-prompt-length", type=int, help="count longer prompts (tokens if --tokenizer, else characters)")
-    add("--drop-long", action="store_true", help="leave longer prompts out")
+    add("--max-prompt-length", type=int, help="leave out longer prompts (tokens if --tokenizer, else characters)")
     return common
 
 
@@ -445,8 +443,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for option in ("limit", "num_repeats", "max_prompt_length"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             parser.error(f"--{option.replace('_', '-')} {getattr(args, option)} is below 1")
-    if args.drop_long and args.max_prompt_length is None:
-        parser.error("--drop-long needs --max-prompt-length")
     if args.name == "file":
         if not args.path.is_file():
             parser.error(f"{args.path} is neither a known data set ({', '.join(names.choices)}) nor a file here")

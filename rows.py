@@ -88,7 +88,7 @@ class Rows:
             if len(ids) >= max_length:
                 raise ConfigError(
                     f"{path} line {number}: the prompt has {len(ids)} tokens, which leaves no room for an answer in "
-                    f"policy.max_total_sequence_length={max_length}; drop such rows in prepare_data.py"
+                    f"policy.max_total_sequence_length={max_length}; see prepare_data.py --max-prompt-length"
                 )
             self.rows.append(row)
             self.prompt_ids.append(ids)

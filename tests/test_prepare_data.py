@@ -378,8 +378,9 @@ def test_other_kinds_and_styles(tmp_path):
 
 
 def test_arithmetic_is_seeded(tmp_path):
-    one, two = convert(tmp_path / "1", *STYLE_B), convert(tmp_path / "2", *STYLE_B)
-    other = convert(tmp_path / "3", *STYLE_B, "--seed", 7)
+    some = (*STYLE_B, "--num-train", 300)
+    one, two = convert(tmp_path / "1", *some), convert(tmp_path / "2", *some)
+    other = convert(tmp_path / "3", *some, "--seed", 7)
     for name in ("train.jsonl", "validation.jsonl"):
         assert (one / name).read_bytes() == (two / name).read_bytes() != (other / name).read_bytes()
 
@@ -473,15 +474,13 @@ def test_prompt_template(tmp_path, as_file):
         assert row["responses_create_params"]["input"] == [{"role": "user", "content": content}]
 
 
-def test_long_prompts_are_reported_and_dropped_only_on_request(tmp_path):
+def test_long_prompts_are_left_out_and_counted(tmp_path):
     source = write(tmp_path / "q.jsonl", [{"question": "x" * n, "answer": "1"} for n in (1, 5, 9)])
     options = ("--prompt-template", "{question}", "--max-prompt-length", "5")
-    code, printed, _ = run(source, *options, "--output", tmp_path / "kept")
+    code, printed, _ = run(source, *options, "--output", tmp_path / "out")
     assert code == 0
-    assert '"too_long": 1' in printed
-    assert [len(row["question"]) for row in read(tmp_path / "kept/train.jsonl")] == [1, 5, 9]
-    code, printed, _ = run(source, *options, "--drop-long", "--output", tmp_path / "dropped")
-    assert [len(row["question"]) for row in read(tmp_path / "dropped/train.jsonl")] == [1, 5]
+    assert '"too_long_dropped": 1' in printed
+    assert [len(row["question"]) for row in read(tmp_path / "out/train.jsonl")] == [1, 5]
 
 
 @pytest.mark.slow
@@ -494,10 +493,13 @@ def test_tokenizer(tmp_path):
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "chat_template": template}
     (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
     source = write(tmp_path / "q.jsonl", [{"question": "a b c", "answer": "1"}, {"question": "a", "answer": "1"}])
-    options = ("--prompt-template", "{question}", "--max-prompt-length", "6", "--drop-long")
+    options = ("--prompt-template", "{question}", "--max-prompt-length", "6")
     out = convert(tmp_path, source, "--tokenizer", tmp_path / "tokenizer", *options)
     metrics = json.loads((out / "train_metrics.json").read_text())
-    assert (metrics["too_long"], metrics["rows"]) == (1, 1)  # user : a b c assistant : is 7 tokens, user : a ... is 5
+    assert (metrics["too_long_dropped"], metrics["rows"]) == (
+        1,
+        1,
+    )  # user : a b c assistant : is 7 tokens, user : a ... is 5
     assert metrics["prompt_tokens"]["max"] == metrics["prompt_tokens"]["min"] == 5
 
 
@@ -517,7 +519,7 @@ def test_metrics(tmp_path):
         "duplicates": 1,
         "duplicates_dropped": 0,
         "bad_skipped": 0,
-        "too_long": 0,
+        "too_long_dropped": 0,
         "distinct_answers": 2,
         "prompt_characters": {"min": 3, "max": 24, "mean": 11.75, "median": 10},
         "split": "train",
@@ -533,16 +535,17 @@ def test_length_statistics(lengths):
 
 
 def test_files_that_are_there_are_replaced_only_when_told_to(tmp_path):
-    out = convert(tmp_path, *STYLE_A)
+    some = (*STYLE_A, "--num-train", 50)
+    out = convert(tmp_path, *some)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
-    code, printed, error = run(*STYLE_A, "--seed", 7, "--output", out)
+    code, printed, error = run(*some, "--seed", 7, "--output", out)
     assert (code, printed) == (2, "")
     assert error == (
         f"prepare_data.py: error: {out}/train.jsonl is already there; replace it with --overwrite, or choose another "
         "--output\n"
     )
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
-    assert run(*STYLE_A, "--seed", 7, "--output", out, "--overwrite")[0] == 0
+    assert run(*some, "--seed", 7, "--output", out, "--overwrite")[0] == 0
     assert {path.name for path in out.iterdir()} == {path.name for path in before}
     assert all(path.read_bytes() != before[path][1] for path in before)
 
@@ -564,7 +567,7 @@ def test_the_report_shows_a_row(tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_run_leaves_no_half_file(tmp_path, sent):
-    source, out = write(tmp_path / "q.jsonl", questions(300_000)), tmp_path / "out"
+    source, out = write(tmp_path / "q.jsonl", questions(100_000)), tmp_path / "out"
     command = [sys.executable, str(SCRIPT), str(source), "--output", str(out)]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=heed)
@@ -655,7 +658,7 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "validation.jsonl" in refused(tmp_path, FIXTURES / "rows_aime25.jsonl", "--validation-split", 1e-6)
     occupied = tmp_path / "occupied"
     occupied.touch()
-    code, _, error = run("arithmetic", "--output", occupied)
+    code, _, error = run("arithmetic", "--num-train", 5, "--output", occupied)
     assert (code, error.count("\n")) == (2, 1)
 
 
@@ -675,7 +678,7 @@ BAD_OPTIONS = {
     ("gsm8k", "--kinds", "add"): "unrecognized arguments: --kinds add",
     (FIXTURES / "rows_gsm8k.jsonl", "--validation-split", "1.5"): "1.5 is not between 0 and 1",
     ("arithmetic", "--prompt-template", "no field"): "no {question} in 'no field'",
-    ("arithmetic", "--drop-long"): "--drop-long needs --max-prompt-length",
+    ("arithmetic", "--max-prompt-length", "0"): "--max-prompt-length 0 is below 1",
     (SCRIPT,): "must end in .jsonl or .parquet",
 }
 

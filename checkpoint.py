@@ -135,7 +135,7 @@ class Checkpoints:
                 raise self._failed(self.saved_step, error)
 
     def _failed(self, step: int, reason: Any) -> RunError:
-        # torch says "unexpected pos" when the disk is full
+        # The free space is in the message because torch calls a full disk "unexpected pos".
         left = f"{shutil.disk_usage(self.dir).free / 2**30:.1f} GiB are free there" if self.dir.is_dir() else "gone"
         return RunError(f"step_{step} could not be written to '{self.dir}' ({left}): {reason}; earlier ones are intact")
 
@@ -168,7 +168,7 @@ def flush(path: Path) -> None:
 def remove(folder: Path) -> None:
     """Rename a folder, then remove it: a death in between leaves nothing that looks like a checkpoint.
 
-    It may be gone already: the ranks of a killed run live on for a moment and may publish what they had written.
+    The folder may be gone already: the ranks of a killed run live on for a moment and may publish what they wrote.
     """
     rest = tempfile.mkdtemp(prefix="tmp_step_", dir=folder.parent)
     with suppress(FileNotFoundError):
@@ -203,7 +203,8 @@ def read_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]]:
     try:
         saved = json.loads(path.read_text())
         position = Position(**saved["position"])
-        _ = saved["wandb_id"], saved["train_sha256"], saved["world_size"], saved["config"]  # are they there?
+        if missing := {"wandb_id", "train_sha256", "world_size", "config"} - saved.keys():
+            raise KeyError(*missing)
         path = folder / "training_state" / ".metadata"
         for part in FileSystemReader(path.parent).read_metadata().storage_data.values():
             path = folder / "training_state" / part.relative_path

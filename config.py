@@ -54,8 +54,8 @@ def key(default: Any, meaning: str, **bounds: float | str) -> Any:
 @dataclass
 class RewardShaping:
     enabled: bool = key(False, "take off a penalty that grows over the last tokens before the limit (DAPO)")
-    overlong_buffer_length: int = key(128, "tokens over which it grows", least=1)
-    overlong_buffer_penalty: float = key(1.0, "penalty at the limit", least=0)
+    overlong_buffer_length: int = key(128, "the penalty grows over this many tokens before the limit", least=1)
+    overlong_buffer_penalty: float = key(1.0, "penalty of a response at the limit", least=0)
     max_response_length: int = key(II("policy.generation.max_new_tokens"), "limit of the response's tokens", least=1)
 
 
@@ -69,12 +69,12 @@ class GRPO:
     use_leave_one_out_baseline: bool = key(True, "baseline and deviation of a sample exclude the sample itself")
     overlong_filtering: bool = key(False, "mask responses cut off at max_new_tokens out of the loss")
     use_dynamic_sampling: bool = key(False, "keep sampling until the batch is full of groups with different rewards")
-    dynamic_sampling_max_gen_batches: int = key(10, "but not more than this many batches of prompts", least=1)
+    dynamic_sampling_max_gen_batches: int = key(10, "most batches of prompts to draw for one step", least=1)
     async_one_step_off: bool = key(False, "sample during the update, one update behind; resuming is not bit-exact then")
     reward_shaping: RewardShaping = key(RewardShaping, "soft limit of the responses' length")
-    max_unverified_fraction: float = key(0.2, "stop when a larger share cannot be verified", least=0, most=1)
+    max_unverified_fraction: float = key(0.2, "stop when a larger share of the answers is unverified", least=0, most=1)
     max_token_mult_prob_error: float | None = key(1.5, "stop at this trainer-engine mismatch; null: never", above=0)
-    gate_patience: int = key(3, "how many steps in a row one of the two limits above may be exceeded", least=1)
+    gate_patience: int = key(3, "steps in a row beyond either of these two limits that stop the run", least=1)
     val_period: int = key(10, "validate every N steps; 0 never", least=0)
     val_at_start: bool = key(True, "validate before the first step")
     max_val_samples: int | None = key(None, "validate on the first N rows; null: all", least=1)
@@ -90,9 +90,9 @@ class LossFn:
     ratio_clip_min: float = key(0.2, "ratio is clipped below 1 - this", least=0)
     ratio_clip_max: float = key(0.2, "ratio is clipped above 1 + this", least=0)
     ratio_clip_c: float | None = key(None, "dual clip: bounds the loss where the advantage is negative", above=1)
-    use_importance_sampling_correction: bool = key(False, "weigh by trainer over engine probability of the samples")
-    truncated_importance_sampling_ratio: float | None = key(None, "upper bound of that weight", above=0)
-    sequence_level_importance_ratios: bool = key(False, "one such weight per sequence instead of per token")
+    use_importance_sampling_correction: bool = key(False, "importance weights: trainer over engine probability")
+    truncated_importance_sampling_ratio: float | None = key(None, "upper bound of the importance weight", above=0)
+    sequence_level_importance_ratios: bool = key(False, "one importance weight per sequence instead of per token")
     dr_grpo_length: float = key(1.0, "constant response length in the denominator of dr_grpo", above=0)
     token_level_loss: bool = key(True, "mean over all tokens; false: mean over sequences of their token means")
 
@@ -130,7 +130,7 @@ class Scheduler:
 class VllmCfg:
     tensor_parallel_size: int = key(1, "GPUs per engine: 1, since engines are data-parallel", least=1, most=1)
     gpu_memory_utilization: float = key(0.8, "share of GPU memory for weights and KV cache", above=0, most=1)
-    kv_cache_memory_bytes: int | None = key(None, "KV cache instead of that share; needed on the CPU", least=1)
+    kv_cache_memory_bytes: int | None = key(None, "bytes of KV cache, not that share; needed on the CPU", least=1)
     max_model_len: int = key(II("policy.max_total_sequence_length"), "longest sequence of the engine", least=1)
     max_num_seqs: int = key(1024, "most sequences decoded at once", least=1)
     enforce_eager: bool = key(False, "no CUDA graphs: starts faster, decodes slower")
@@ -144,7 +144,7 @@ class Resources:
 @dataclass
 class Colocated:
     enabled: bool = key(True, "engines share the policy's GPUs; false: they have resources of their own")
-    resources: Resources = key(Resources, "what is theirs then")
+    resources: Resources = key(Resources, "resources of the engines alone")
     sleep: bool = key(True, "engines give up weights and KV memory while the policy trains")
 
 
@@ -152,9 +152,9 @@ class Colocated:
 class Generation:
     max_new_tokens: int = key(II("policy.max_total_sequence_length"), "longest response in tokens", least=1)
     temperature: float = key(1.0, "sampling temperature; the trainer uses the same", above=0)
-    top_p: float = key(1.0, "1 in training: truncated sampling biases the ratios", above=0, most=1)
-    top_k: int | None = key(None, "must be null in training, as above", least=1)
-    engines_per_gpu: int = key(1, "several help small models, whose engine is bound by Python, not by the GPU", least=1)
+    top_p: float = key(1.0, "must be 1 in training: truncated sampling biases the ratios", above=0, most=1)
+    top_k: int | None = key(None, "must be null in training: truncated sampling biases the ratios", least=1)
+    engines_per_gpu: int = key(1, "vLLM engines on each GPU; several help small models, which Python holds up", least=1)
     vllm_cfg: VllmCfg = key(VllmCfg, "the vLLM engine")
     vllm_kwargs: dict[str, Any] = key({}, "further arguments of vllm.LLM, passed on unchanged")
     colocated: Colocated = key(Colocated, "where the engines live")
@@ -196,7 +196,7 @@ class Checkpointing:
     enabled: bool = key(True, "write checkpoints")
     checkpoint_dir: str = key("results/grpo", "folder of step_N")
     metric_name: str = key("val:accuracy", "metric that ranks the checkpoints")
-    higher_is_better: bool = key(True, "direction of that metric")
+    higher_is_better: bool = key(True, "whether a higher metric is a better checkpoint")
     keep_top_k: int | None = key(3, "keep the best N and the latest; null keeps all", least=0)
     save_period: int = key(10, "save every N steps; the last step is always saved", least=1)
     checkpoint_must_save_by: str | None = key(None, "DD:HH:MM:SS after the start: save and exit with code 85")

@@ -145,14 +145,8 @@ def row_lines(answers: list[dict]) -> str:
 
 def configure(args: argparse.Namespace) -> Config:
     """The engines' configuration: one per GPU, in the precision and within the length that the model was saved with."""
-    gpus = torch.cuda.device_count()
+    gpus, model = torch.cuda.device_count(), AutoConfig.from_pretrained(args.model)
     engines = args.engines or max(1, gpus)
-    if gpus and engines > gpus:
-        raise ConfigError(f"--engines {engines} is more than the {gpus} GPUs here, and each needs one")
-    try:
-        model = AutoConfig.from_pretrained(args.model)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"cannot load --model {args.model}: {' '.join(str(e).split())[:200]}") from None
     precision = str(model.dtype).removeprefix("torch.")
     if precision not in ("bfloat16", "float16", "float32"):
         precision = "bfloat16" if gpus else "float32"
@@ -168,7 +162,8 @@ def configure(args: argparse.Namespace) -> Config:
 
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """Sample and score the rows that are missing, then summarize all. Returns the metrics."""
-    cfg, tokenizer = configure(args), load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, "--model")
+    cfg = configure(args)
     data = Rows(args.data, tokenizer, cfg.policy.max_total_sequence_length)
     check_settings(args.output, settings_of(args))
     samples = args.output / "samples.jsonl"
@@ -194,7 +189,7 @@ def add_rows(
 ) -> None:
     """Append `k` scored answers to each of `rows` to samples.jsonl, as they come."""
     pending: deque[tuple[list[dict], Future]] = deque()  # answers to one row each, and their verdicts
-    seeds = [args.seed * 2**31 + row * args.k for row in rows]  # of a row alone; vLLM adds the number of the answer
+    seeds = [args.seed * 2**31 + row * args.k for row in rows]  # each row's own; vLLM adds the answer's number
     rewards = RewardClient(Env(reward_url=args.reward_url, reward_workers=os.cpu_count() or 2), args.output)
     try:
         engines = RolloutEngines(cfg, start_ray(cfg, stop), model_name=args.model)

@@ -94,7 +94,7 @@ def gsm8k_columns(answer: Any) -> Row:
 
 @dataclass(frozen=True)
 class Layout:
-    """A column layout: a row that has both columns is read so. Columns that it does not use stay."""
+    """Which two columns hold question and answer; a row that has both has this layout. Its other columns stay."""
 
     question: str
     answer: str
@@ -233,7 +233,7 @@ def go_offline_if_unreachable(seconds: float = 5.0) -> None:
     try:
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds).close()
     except urllib.error.HTTPError:
-        pass  # an answer
+        pass  # the hub did answer
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -118,6 +118,9 @@ def test_text_stays_text(text, tmp_path):
     folder.mkdir()
     OmegaConf.save({"defaults": str(RECIPE), "logger": {"wandb": {"name": text}}}, folder / "c.yaml")
     assert load_config(folder / "c.yaml").logger.wandb.name == text
+
+
+def test_text_may_be_null():
     assert load_config(RECIPE, ["logger.wandb.name=null"]).logger.wandb.name is None
 
 

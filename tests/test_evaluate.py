@@ -161,7 +161,7 @@ def test_defaults_and_what_the_model_says(tiny_model):
 
 def test_missing_files_are_one_line(tiny_model, arithmetic_rows, tmp_path):
     rows = str(arithmetic_rows / "train.jsonl")
-    with pytest.raises(ConfigError, match=r"^cannot load --model .*/nowhere: [^\n]*$"):
+    with pytest.raises(ConfigError, match=r"^cannot load --model='.*/nowhere': [^\n]*$"):
         evaluate(parse_args(["--model", str(tmp_path / "nowhere"), "--data", rows]))
     with pytest.raises(ConfigError, match=r"^cannot read rows from 'nowhere' [^\n]*make them with prepare_data.py$"):
         evaluate(parse_args(["--model", str(tiny_model), "--data", "nowhere", "--output", str(tmp_path)]))

@@ -58,7 +58,7 @@ class Position:
 
     step: int = 0
     batches_drawn: int = 0  # of prompts: one a step, more with dynamic sampling
-    exceeded: dict[str, int] = dataclasses.field(default_factory=dict)  # steps in a row that a limit was exceeded
+    exceeded: dict[str, int] = dataclasses.field(default_factory=dict)  # for each gate the steps in a row beyond it
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the step
 
 
@@ -74,33 +74,26 @@ class Checkpoints:
         self.seconds = 0.0  # the longest that a save took, from its start until it was complete
         if not cfg.checkpointing.enabled:
             return
+        where = f"checkpointing.checkpoint_dir='{self.dir}'"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._lock_file = (self.dir / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
+            except BlockingIOError:
+                raise ConfigError(f"another run is writing to {where}; wait for it or choose another") from None
+            except OSError:
+                pass  # the file system has no locks
             for unfinished in self.dir.glob("tmp_step_*"):
                 remove(unfinished)
         except OSError as e:
-            raise ConfigError(
-                f"cannot write to checkpointing.checkpoint_dir='{self.dir}' ({e.strerror}); choose another"
-            ) from None
-        self.data_sha256 = file_hash(cfg.data.train_jsonl_fpath)
-        complete = steps_in(self.dir)
-        if complete:
+            raise ConfigError(f"cannot write to {where} ({e.strerror}); choose another") from None
+        self.data_sha256 = hashlib.sha256(Path(cfg.data.train_jsonl_fpath).read_bytes()).hexdigest()
+        if complete := steps_in(self.dir):
             self.newest = complete[max(complete)]
             self.position, saved = read_checkpoint(self.newest)
             check_compatible(cfg, saved, self.newest, self.data_sha256)
             self.wandb_id, self.saved_step = saved["wandb_id"], self.position.step
-
-    def _lock(self) -> None:
-        self._lock_file = (self.dir / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
-        except BlockingIOError:
-            raise ConfigError(
-                f"another run is writing to checkpointing.checkpoint_dir='{self.dir}'; wait for it or choose another"
-            ) from None
-        except OSError:  # a file system without locks
-            return
 
     def restore(self, policy: Policy) -> None:
         """Load weights, optimizer and random state of the checkpoint to continue from, if there is one."""
@@ -142,7 +135,7 @@ class Checkpoints:
                 raise self._failed(self.saved_step, error)
 
     def _failed(self, step: int, reason: Any) -> RunError:
-        # torch says "unexpected pos" when the disk is full
+        # The free space is in the message because torch calls a full disk "unexpected pos".
         left = f"{shutil.disk_usage(self.dir).free / 2**30:.1f} GiB are free there" if self.dir.is_dir() else "gone"
         return RunError(f"step_{step} could not be written to '{self.dir}' ({left}): {reason}; earlier ones are intact")
 
@@ -168,16 +161,14 @@ def publish(unfinished: Path, cfg: Checkpointing) -> None:
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def remove(folder: Path) -> None:
     """Rename a folder, then remove it: a death in between leaves nothing that looks like a checkpoint.
 
-    It may be gone already: the ranks of a killed run live on for a moment and may publish what they had written.
+    The folder may be gone already: the ranks of a killed run live on for a moment and may publish what they wrote.
     """
     rest = tempfile.mkdtemp(prefix="tmp_step_", dir=folder.parent)
     with suppress(FileNotFoundError):
@@ -195,18 +186,12 @@ def kept_steps(scores: dict[int, float | None], keep_top_k: int | None, higher_i
             return True, 0.0, -step
         return False, -score if higher_is_better else score, -step
 
-    best = sorted(scores, key=rank)[:keep_top_k]
-    return {*best, max(scores)} if scores else set()
+    return {*sorted(scores, key=rank)[:keep_top_k], *sorted(scores)[-1:]}
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
     """The complete checkpoints in a folder, by step."""
     return {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdecimal() and path.is_dir()}
-
-
-def file_hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------- what a run may continue from
@@ -218,7 +203,8 @@ def read_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]]:
     try:
         saved = json.loads(path.read_text())
         position = Position(**saved["position"])
-        _ = saved["wandb_id"], saved["train_sha256"], saved["world_size"], saved["config"]  # are they there?
+        if missing := {"wandb_id", "train_sha256", "world_size", "config"} - saved.keys():
+            raise KeyError(*missing)
         path = folder / "training_state" / ".metadata"
         for part in FileSystemReader(path.parent).read_metadata().storage_data.values():
             path = folder / "training_state" / part.relative_path
@@ -243,9 +229,9 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_compatible(cfg: Config, saved: dict[str, Any], folder: Path, train_sha256: str) -> None:
     """Raise ConfigError for the first thing that makes this another experiment than the one in `folder`."""
-    before, now = flat(saved["config"]), flat(dataclasses.asdict(cfg))
     contents = "the contents (sha256) of data.train_jsonl_fpath"
-    before[contents], now[contents] = saved["train_sha256"], train_sha256
+    before = flat(saved["config"]) | {contents: saved["train_sha256"]}
+    now = flat(dataclasses.asdict(cfg)) | {contents: train_sha256}
     for name in sorted(now.keys() & before.keys()):
         if now[name] != before[name] and not name.startswith(MAY_CHANGE):
             raise ConfigError(

@@ -1,22 +1,22 @@
 """Typed schema of `config.yaml`, `defaults:` inheritance, command-line overrides, and errors for what is wrong.
 
-Section and key names follow NeMo RL, so that its users feel at home; every key here is read somewhere.
-`load_config(path, overrides)` is the only entry point. Anything wrong raises `ConfigError`, whose text is one line
-that says what, where, and what to do. A key is declared once, with type, default, meaning and range:
+Section and key names follow NeMo RL, so that its users feel at home; every key here is read somewhere. A key is
+declared once, with type, default, meaning and range:
 
     num_prompts_per_step: int = key(64, "prompts sampled per step", least=1)
 
-OmegaConf checks names and types, `check_ranges` the ranges, the two `..._contradictions` what does not fit together.
+`load_config(path, overrides)` is the only entry point. OmegaConf checks names and types, `check_ranges` the ranges,
+`contradictions` what does not fit together.
 """
 
 import dataclasses
 import json
 import math
 import operator
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ STEP = "${mul:${grpo.num_prompts_per_step},${grpo.num_generations_per_prompt}}" 
 LLM_ARGUMENTS = """model load_format skip_tokenizer_init dtype seed max_model_len max_num_seqs gpu_memory_utilization
 kv_cache_memory_bytes enforce_eager enable_chunked_prefill enable_sleep_mode logprobs_mode disable_log_stats"""
 
-BOUNDS = {  # for each argument of `key`: the words that tell the user, and the test of a value against the bound
+BOUNDS = {  # for each bound that `key` takes: its words in messages, and the test that a value must pass
     "least": ("at least", operator.ge),
     "above": ("above", operator.gt),
     "most": ("at most", operator.le),
@@ -54,8 +54,8 @@ def key(default: Any, meaning: str, **bounds: float | str) -> Any:
 @dataclass
 class RewardShaping:
     enabled: bool = key(False, "take off a penalty that grows over the last tokens before the limit (DAPO)")
-    overlong_buffer_length: int = key(128, "tokens over which it grows", least=1)
-    overlong_buffer_penalty: float = key(1.0, "penalty at the limit", least=0)
+    overlong_buffer_length: int = key(128, "the penalty grows over this many tokens before the limit", least=1)
+    overlong_buffer_penalty: float = key(1.0, "penalty of a response at the limit", least=0)
     max_response_length: int = key(II("policy.generation.max_new_tokens"), "limit of the response's tokens", least=1)
 
 
@@ -69,12 +69,12 @@ class GRPO:
     use_leave_one_out_baseline: bool = key(True, "baseline and deviation of a sample exclude the sample itself")
     overlong_filtering: bool = key(False, "mask responses cut off at max_new_tokens out of the loss")
     use_dynamic_sampling: bool = key(False, "keep sampling until the batch is full of groups with different rewards")
-    dynamic_sampling_max_gen_batches: int = key(10, "but not more than this many batches of prompts", least=1)
+    dynamic_sampling_max_gen_batches: int = key(10, "most batches of prompts to draw for one step", least=1)
     async_one_step_off: bool = key(False, "sample during the update, one update behind; resuming is not bit-exact then")
     reward_shaping: RewardShaping = key(RewardShaping, "soft limit of the responses' length")
-    max_unverified_fraction: float = key(0.2, "stop when a larger share cannot be verified", least=0, most=1)
+    max_unverified_fraction: float = key(0.2, "stop when a larger share of the answers is unverified", least=0, most=1)
     max_token_mult_prob_error: float | None = key(1.5, "stop at this trainer-engine mismatch; null: never", above=0)
-    gate_patience: int = key(3, "how many steps in a row one of the two limits above may be exceeded", least=1)
+    gate_patience: int = key(3, "steps in a row beyond either of these two limits that stop the run", least=1)
     val_period: int = key(10, "validate every N steps; 0 never", least=0)
     val_at_start: bool = key(True, "validate before the first step")
     max_val_samples: int | None = key(None, "validate on the first N rows; null: all", least=1)
@@ -90,9 +90,9 @@ class LossFn:
     ratio_clip_min: float = key(0.2, "ratio is clipped below 1 - this", least=0)
     ratio_clip_max: float = key(0.2, "ratio is clipped above 1 + this", least=0)
     ratio_clip_c: float | None = key(None, "dual clip: bounds the loss where the advantage is negative", above=1)
-    use_importance_sampling_correction: bool = key(False, "weigh by trainer over engine probability of the samples")
-    truncated_importance_sampling_ratio: float | None = key(None, "upper bound of that weight", above=0)
-    sequence_level_importance_ratios: bool = key(False, "one such weight per sequence instead of per token")
+    use_importance_sampling_correction: bool = key(False, "importance weights: trainer over engine probability")
+    truncated_importance_sampling_ratio: float | None = key(None, "upper bound of the importance weight", above=0)
+    sequence_level_importance_ratios: bool = key(False, "one importance weight per sequence instead of per token")
     dr_grpo_length: float = key(1.0, "constant response length in the denominator of dr_grpo", above=0)
     token_level_loss: bool = key(True, "mean over all tokens; false: mean over sequences of their token means")
 
@@ -130,7 +130,7 @@ class Scheduler:
 class VllmCfg:
     tensor_parallel_size: int = key(1, "GPUs per engine: 1, since engines are data-parallel", least=1, most=1)
     gpu_memory_utilization: float = key(0.8, "share of GPU memory for weights and KV cache", above=0, most=1)
-    kv_cache_memory_bytes: int | None = key(None, "KV cache instead of that share; needed on the CPU", least=1)
+    kv_cache_memory_bytes: int | None = key(None, "bytes of KV cache, not that share; needed on the CPU", least=1)
     max_model_len: int = key(II("policy.max_total_sequence_length"), "longest sequence of the engine", least=1)
     max_num_seqs: int = key(1024, "most sequences decoded at once", least=1)
     enforce_eager: bool = key(False, "no CUDA graphs: starts faster, decodes slower")
@@ -144,7 +144,7 @@ class Resources:
 @dataclass
 class Colocated:
     enabled: bool = key(True, "engines share the policy's GPUs; false: they have resources of their own")
-    resources: Resources = key(Resources, "what is theirs then")
+    resources: Resources = key(Resources, "resources of the engines alone")
     sleep: bool = key(True, "engines give up weights and KV memory while the policy trains")
 
 
@@ -152,9 +152,9 @@ class Colocated:
 class Generation:
     max_new_tokens: int = key(II("policy.max_total_sequence_length"), "longest response in tokens", least=1)
     temperature: float = key(1.0, "sampling temperature; the trainer uses the same", above=0)
-    top_p: float = key(1.0, "1 in training: truncated sampling biases the ratios", above=0, most=1)
-    top_k: int | None = key(None, "must be null in training, as above", least=1)
-    engines_per_gpu: int = key(1, "several help small models, whose engine is bound by Python, not by the GPU", least=1)
+    top_p: float = key(1.0, "must be 1 in training: truncated sampling biases the ratios", above=0, most=1)
+    top_k: int | None = key(None, "must be null in training: truncated sampling biases the ratios", least=1)
+    engines_per_gpu: int = key(1, "vLLM engines on each GPU; several help small models, which Python holds up", least=1)
     vllm_cfg: VllmCfg = key(VllmCfg, "the vLLM engine")
     vllm_kwargs: dict[str, Any] = key({}, "further arguments of vllm.LLM, passed on unchanged")
     colocated: Colocated = key(Colocated, "where the engines live")
@@ -196,7 +196,7 @@ class Checkpointing:
     enabled: bool = key(True, "write checkpoints")
     checkpoint_dir: str = key("results/grpo", "folder of step_N")
     metric_name: str = key("val:accuracy", "metric that ranks the checkpoints")
-    higher_is_better: bool = key(True, "direction of that metric")
+    higher_is_better: bool = key(True, "whether a higher metric is a better checkpoint")
     keep_top_k: int | None = key(3, "keep the best N and the latest; null keeps all", least=0)
     save_period: int = key(10, "save every N steps; the last step is always saved", least=1)
     checkpoint_must_save_by: str | None = key(None, "DD:HH:MM:SS after the start: save and exit with code 85")
@@ -258,16 +258,15 @@ class Config:
     @property
     def policy_bundles(self) -> list[int]:
         """The bundle of each policy rank: all of them, or the first ones of each node where engines are apart."""
-        colocated = self.policy.generation.colocated
-        theirs = 0 if colocated.enabled else colocated.resources.gpus_per_node or 0
-        return [b for b in range(self.num_bundles) if b % self.bundles_per_node < self.bundles_per_node - theirs]
+        engine_gpus = self.policy.generation.colocated.resources.gpus_per_node or 0
+        return [b for b in range(self.num_bundles) if b % self.bundles_per_node < self.bundles_per_node - engine_gpus]
 
     @property
     def engine_bundles(self) -> list[int]:
-        """The bundle of each engine."""
-        gen, policy = self.policy.generation, self.policy_bundles
-        own = policy if gen.colocated.enabled else [b for b in range(self.num_bundles) if b not in policy]
-        return [b for b in own for _ in range(gen.engines_per_gpu)]
+        """The bundle of each engine: those of the policy, or the rest."""
+        colocated, policy = self.policy.generation.colocated.enabled, self.policy_bundles
+        with_engines = [b for b in range(self.num_bundles) if colocated or b not in policy]
+        return [b for b in with_engines for _ in range(self.policy.generation.engines_per_gpu)]
 
     @property
     def world_size(self) -> int:
@@ -298,7 +297,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     of its range, and values that contradict each other.
     """
     cfg = OmegaConf.structured(Config)
-    for where, tree in chain(_read_files(Path(path)), map(_parse_override, overrides)):
+    for where, tree in [*_read_files(Path(path)), *map(_parse_override, overrides)]:
         with _one_line_errors(where):
             cfg = OmegaConf.merge(cfg, tree)
         for name in TEXT_KEYS:
@@ -307,7 +306,9 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
                 raise ConfigError(f"{where}: {name} is text, but YAML reads {value!r} there; put the text in quotes")
     with _one_line_errors(f"config file '{path}'"):
         loaded = OmegaConf.to_object(cfg)
-    check(loaded)
+    check_ranges(loaded)
+    for message in contradictions(loaded):
+        raise ConfigError(message)
     return loaded
 
 
@@ -328,11 +329,10 @@ def _parse_override(text: str) -> tuple[str, DictConfig]:
     name, equals, value = text.lstrip("+").partition("=")
     if not equals or not name:
         raise ConfigError(f"cannot read override '{text}'; write section.key=value")
-    where = f"override '{text}'"
+    where, tree = f"override '{text}'", OmegaConf.create({})
     with _one_line_errors(where):
         if name not in TEXT_KEYS:
             return where, OmegaConf.from_dotlist([f"{name}={value}"])
-        tree = OmegaConf.create({})
         OmegaConf.update(tree, name, None if value == "null" else value)
         return where, tree
 
@@ -353,24 +353,6 @@ def _one_line_errors(where: str) -> Iterator[None]:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(e).split())}") from None
 
 
-def seconds(text: str) -> float:
-    """Seconds in "DD:HH:MM:SS". Raises ConfigError for anything else."""
-    parts = text.split(":")
-    if len(parts) != 4 or not all(p.isdecimal() for p in parts):
-        raise ConfigError(f"checkpointing.checkpoint_must_save_by='{text}' is not DD:HH:MM:SS, such as 00:03:45:00")
-    days, hours, minutes, rest = map(int, parts)
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
-
-
-def check(cfg: Config) -> None:
-    """Raise ConfigError for the first value out of its range, or else the first contradiction between values."""
-    check_ranges(cfg)
-    for message in chain(policy_contradictions(cfg), other_contradictions(cfg)):
-        raise ConfigError(message)
-    if cfg.checkpointing.checkpoint_must_save_by:
-        seconds(cfg.checkpointing.checkpoint_must_save_by)
-
-
 def check_ranges(cfg: Config) -> None:
     """Raise ConfigError for the first value that is outside the bounds of its key, or infinite."""
     for name, f in KEYS.items():
@@ -386,36 +368,33 @@ def range_of(f: dataclasses.Field) -> str:
     return " and ".join(f"{BOUNDS[b][0]} {bound}" for b, bound in f.metadata["bounds"].items())
 
 
-def policy_contradictions(cfg: Config) -> Iterator[str]:
-    """A message for each value of the policy or its engines that contradicts another one."""
-    p, gen, own = cfg.policy, cfg.policy.generation, cfg.policy.generation.colocated
-    size, packed, longest = p.train_global_batch_size, p.sequence_packing.train_mb_tokens, p.max_total_sequence_length
-    tp, window, engines = p.dtensor_cfg.tensor_parallel_size, gen.vllm_cfg.max_model_len, gen.engines_per_gpu
-    step = f"{cfg.grpo.num_prompts_per_step} x {cfg.grpo.num_generations_per_prompt} = {cfg.samples_per_step}"
-    if cfg.samples_per_step % size:
-        yield f"policy.train_global_batch_size={size} does not divide the {step} samples of a step"
+def contradictions(cfg: Config) -> Iterator[str]:
+    """A message for each value that contradicts another one, or that nothing here could use."""
+    g, loss, p, gen = cfg.grpo, cfg.loss_fn, cfg.policy, cfg.policy.generation
+    shaping, own, engine_gpus = g.reward_shaping, gen.colocated, gen.colocated.resources.gpus_per_node
+    batch, packed, longest = p.train_global_batch_size, p.sequence_packing.train_mb_tokens, p.max_total_sequence_length
+    tp, window = p.dtensor_cfg.tensor_parallel_size, gen.vllm_cfg.max_model_len
+    corrects, judge = loss.use_importance_sampling_correction, cfg.env.should_use_judge
+    metric, save_by = cfg.checkpointing.metric_name, cfg.checkpointing.checkpoint_must_save_by
+    step = f"{g.num_prompts_per_step} x {g.num_generations_per_prompt} = {cfg.samples_per_step}"
+    if own.enabled and engine_gpus is not None:
+        yield "policy.generation.colocated.resources.gpus_per_node needs colocated.enabled=false"
+    if not own.enabled and not 0 < (engine_gpus or 0) < cfg.bundles_per_node:
+        yield f"colocated.enabled=false needs colocated.resources.gpus_per_node from 1 to {cfg.bundles_per_node - 1}"
+    if cfg.samples_per_step % batch:
+        yield f"policy.train_global_batch_size={batch} does not divide the {step} samples of a step"
     if packed < longest:
         yield f"policy.sequence_packing.train_mb_tokens={packed} is below policy.max_total_sequence_length={longest}"
+    if window < longest:
+        yield f"policy.generation.vllm_cfg.max_model_len={window} is below policy.max_total_sequence_length={longest}"
     if cfg.world_size % tp:
         yield f"policy.dtensor_cfg.tensor_parallel_size={tp} does not divide the {cfg.world_size} policy ranks"
     if gen.top_p != 1 or gen.top_k is not None:
         yield f"policy.generation.top_p={gen.top_p} top_k={gen.top_k}: training needs 1.0 and null (the full softmax)"
-    if window < longest:
-        yield f"policy.generation.vllm_cfg.max_model_len={window} is below policy.max_total_sequence_length={longest}"
-    if engines > 1 and gen.vllm_cfg.kv_cache_memory_bytes is None:
-        yield f"policy.generation.engines_per_gpu={engines} needs vllm_cfg.kv_cache_memory_bytes for each engine"
-    if own.enabled and own.resources.gpus_per_node is not None:
-        yield "policy.generation.colocated.resources.gpus_per_node needs colocated.enabled=false"
-    if not own.enabled and not 0 < (own.resources.gpus_per_node or 0) < cfg.bundles_per_node:
-        yield f"colocated.enabled=false needs colocated.resources.gpus_per_node from 1 to {cfg.bundles_per_node - 1}"
+    if gen.engines_per_gpu > 1 and gen.vllm_cfg.kv_cache_memory_bytes is None:
+        yield "policy.generation.engines_per_gpu above 1 needs vllm_cfg.kv_cache_memory_bytes for each engine"
     for name in gen.vllm_kwargs.keys() & {*LLM_ARGUMENTS.split(), "tensor_parallel_size"}:
         yield f"policy.generation.vllm_kwargs.{name} is set by the program; look for its own key in `--help`"
-
-
-def other_contradictions(cfg: Config) -> Iterator[str]:
-    """A message for each value of the other sections that contradicts another one."""
-    g, loss, shaping, metric = cfg.grpo, cfg.loss_fn, cfg.grpo.reward_shaping, cfg.checkpointing.metric_name
-    apart, corrects = not cfg.policy.generation.colocated.enabled, loss.use_importance_sampling_correction
     if loss.truncated_importance_sampling_ratio is not None and not corrects:
         yield "loss_fn.truncated_importance_sampling_ratio needs loss_fn.use_importance_sampling_correction=true"
     # NeMo RL turns on GSPO with this key. Here it belongs to the correction of the engine's probabilities.
@@ -425,15 +404,17 @@ def other_contradictions(cfg: Config) -> Iterator[str]:
             "loss_fn.sequence_level_importance_ratios needs use_importance_sampling_correction=true and "
             "token_level_loss=true; for GSPO, which NeMo RL spells so, set loss_fn.variant=gspo"
         )
-    if g.async_one_step_off and not (apart and corrects):
+    if g.async_one_step_off and (own.enabled or not corrects):
         yield "grpo.async_one_step_off needs colocated.enabled=false and use_importance_sampling_correction=true"
     # A limit beyond what the engine generates, or a buffer longer than the limit, would not be what anybody means.
-    ordered = shaping.overlong_buffer_length <= shaping.max_response_length <= cfg.policy.generation.max_new_tokens
+    ordered = shaping.overlong_buffer_length <= shaping.max_response_length <= gen.max_new_tokens
     if shaping.enabled and not ordered:
         yield "grpo.reward_shaping needs overlong_buffer_length <= max_response_length <= generation.max_new_tokens"
     if "/" in metric:
         yield f"checkpointing.metric_name={metric} is W&B's name for it; write {metric.replace('validation/', 'val:')}"
-    if cfg.env.should_use_judge and not (cfg.env.judge_url or cfg.env.reward_url):
+    if save_by is not None and not re.fullmatch(r"\d+:\d+:\d+:\d+", save_by):
+        yield f"checkpointing.checkpoint_must_save_by='{save_by}' is not DD:HH:MM:SS, such as 00:03:45:00"
+    if judge and not (cfg.env.judge_url or cfg.env.reward_url):
         yield "env.should_use_judge=true needs env.judge_url"
 
 

@@ -86,9 +86,8 @@ def summarize(rows: list[list[dict]], k: int) -> dict[str, float]:
 
 
 def report(metrics: dict[str, float]) -> None:
-    """Print the metrics."""
     for name in metrics:
-        if "@" in name and not name.endswith(("_low", "_high")):
+        if f"{name}_low" in metrics:
             low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
             print(f"{name:8} {metrics[name]:.3f}   95 % interval {low:.3f} to {high:.3f}")
     cut_off, unverified = metrics["truncation_rate"], metrics["num_unverified"]
@@ -101,9 +100,9 @@ def report(metrics: dict[str, float]) -> None:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the answers: they are only continued under the same. Of a model in a folder its files count."""
     names = ("k", "temperature", "max_new_tokens", "max_total_sequence_length", "seed")
-    weights = [(file.name, file.stat()) for file in sorted(Path(args.model).glob("*.safetensors"))]
+    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(args.model).glob("*.safetensors"))]
     return {name: vars(args)[name] for name in names} | {
-        "model": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in weights] or args.model,
+        "model": files or args.model,
         "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
     }
 
@@ -146,14 +145,8 @@ def row_lines(answers: list[dict]) -> str:
 
 def configure(args: argparse.Namespace) -> Config:
     """The engines' configuration: one per GPU, in the precision and within the length that the model was saved with."""
-    gpus = torch.cuda.device_count()
+    gpus, model = torch.cuda.device_count(), AutoConfig.from_pretrained(args.model)
     engines = args.engines or max(1, gpus)
-    if gpus and engines > gpus:
-        raise ConfigError(f"--engines {engines} is more than the {gpus} GPUs here, and each needs one")
-    try:
-        model = AutoConfig.from_pretrained(args.model)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"cannot load --model {args.model}: {' '.join(str(e).split())[:200]}") from None
     precision = str(model.dtype).removeprefix("torch.")
     if precision not in ("bfloat16", "float16", "float32"):
         precision = "bfloat16" if gpus else "float32"
@@ -169,7 +162,8 @@ def configure(args: argparse.Namespace) -> Config:
 
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """Sample and score the rows that are missing, then summarize all. Returns the metrics."""
-    cfg, tokenizer = configure(args), load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, "--model")
+    cfg = configure(args)
     data = Rows(args.data, tokenizer, cfg.policy.max_total_sequence_length)
     check_settings(args.output, settings_of(args))
     samples = args.output / "samples.jsonl"
@@ -195,7 +189,7 @@ def add_rows(
 ) -> None:
     """Append `k` scored answers to each of `rows` to samples.jsonl, as they come."""
     pending: deque[tuple[list[dict], Future]] = deque()  # answers to one row each, and their verdicts
-    seeds = [args.seed * 2**31 + row * args.k for row in rows]  # of a row alone; vLLM adds the number of the answer
+    seeds = [args.seed * 2**31 + row * args.k for row in rows]  # each row's own; vLLM adds the answer's number
     rewards = RewardClient(Env(reward_url=args.reward_url, reward_workers=os.cpu_count() or 2), args.output)
     try:
         engines = RolloutEngines(cfg, start_ray(cfg, stop), model_name=args.model)
@@ -203,20 +197,19 @@ def add_rows(
         groups = engines.generate(prompts, args.k, seeds, stop_ids, args.temperature)
         with (args.output / "samples.jsonl").open("a") as file:
 
-            def write_first() -> None:
-                answers, verdicts = pending.popleft()
-                file.write(row_lines([a | v for a, v in zip(answers, verdicts.result(), strict=True)]))
-                file.flush()
+            def write(finished_only: bool) -> None:
+                while pending and (pending[0][1].done() or not finished_only):
+                    answers, verdicts = pending.popleft()
+                    file.write(row_lines([a | v for a, v in zip(answers, verdicts.result(), strict=True)]))
+                    file.flush()
 
             for group in tqdm(groups, total=len(rows), disable=None):
                 row, texts = rows[group.index], tokenizer.batch_decode(group.response_ids, skip_special_tokens=True)
-                reasons = zip(texts, group.finish_reasons, strict=True)
-                answers = [{"row": row, "text": text, "truncated": why == "length"} for text, why in reasons]
+                cut_off = [reason == "length" for reason in group.finish_reasons]
+                answers = [{"row": row, "text": t, "truncated": c} for t, c in zip(texts, cut_off, strict=True)]
                 pending.append((answers, rewards.submit(texts, data.rows[row])))
-                while pending and pending[0][1].done():
-                    write_first()
-            while pending:
-                write_first()
+                write(finished_only=True)
+            write(finished_only=False)
     finally:
         rewards.close()
 

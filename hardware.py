@@ -28,11 +28,6 @@ PEAKS = {
 }
 
 
-def peaks(device_name: str) -> tuple[float, float] | None:
-    """(FLOP/s, bytes/s) of a device; None if it is not in PEAKS."""
-    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
-
-
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a model that costs depend on."""
@@ -113,7 +108,8 @@ class Limits:
 
     def __init__(self, cfg: Config, shape: Shape, device_name: str):
         """Where peaks are not known (the CPU), and for a mixture of experts, every method gives nothing."""
-        self.shape, self.peaks = shape, peaks(device_name) if shape.dense else None
+        known = [peaks for name, peaks in PEAKS.items() if name in device_name and shape.dense]
+        self.shape, self.peaks = shape, known[0] if known else None
         self.engines_per_gpu = cfg.policy.generation.engines_per_gpu
         self.policy_gpus, self.engine_gpus = cfg.world_size, len(set(cfg.engine_bundles))
         self.gpus = self.policy_gpus + (0 if cfg.policy.generation.colocated.enabled else self.engine_gpus)

@@ -18,7 +18,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from config import GRPO, Config, ConfigError, help_text, load_config, seconds
+from config import GRPO, Config, ConfigError, help_text, load_config
 
 
 class RunError(RuntimeError):
@@ -45,8 +45,11 @@ class StopRequests:
     """
 
     def __init__(self, must_save_by: str | None):
-        now = time.monotonic()
-        self.deadline = now + seconds(must_save_by) if must_save_by else float("inf")
+        """`must_save_by`: DD:HH:MM:SS from now; None: no deadline."""
+        self.deadline = float("inf")
+        if must_save_by:
+            days, hours, minutes, seconds = map(int, must_save_by.split(":"))
+            self.deadline = time.monotonic() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
         self.reason, self.may_interrupt = "", True
         self.step_began, self.longest_step = None, 0.0
 
@@ -59,10 +62,11 @@ class StopRequests:
         if name == self.reason == "SIGTERM":
             sys.exit(128 + number)
         self.reason = name
-        self._raise_if(self.may_interrupt)
+        if self.may_interrupt:
+            self._raise_if_asked()
 
-    def _raise_if(self, allowed: bool) -> None:
-        if self.reason and allowed:
+    def _raise_if_asked(self) -> None:
+        if self.reason:
             self.may_interrupt = False
             raise Stopped(self.reason)
 
@@ -71,7 +75,7 @@ class StopRequests:
         """What runs within may be abandoned at any point."""
         self.may_interrupt = True
         try:
-            self._raise_if(True)
+            self._raise_if_asked()
             yield
         except SystemError as e:  # what Ray's compiled code makes of an exception in a signal handler
             if isinstance(e.__cause__, Stopped):
@@ -88,7 +92,7 @@ class StopRequests:
         self.step_began = now
         if now + self.longest_step + save_s > self.deadline:
             self.reason = "checkpointing.checkpoint_must_save_by"
-        self._raise_if(True)
+        self._raise_if_asked()
 
 
 def check_before_start(cfg: Config) -> None:
@@ -97,12 +101,12 @@ def check_before_start(cfg: Config) -> None:
         path = getattr(cfg.data, name)
         if path and not Path(path).is_file():
             raise ConfigError(f"data.{name}='{path}' does not exist; make it with prepare_data.py")
-    if cfg.logger.wandb_enabled and "WANDB_MODE" not in os.environ and "WANDB_API_KEY" not in os.environ:
-        if not (Path.home() / ".netrc").exists():
-            raise ConfigError(
-                "logger.wandb_enabled=true but WANDB_API_KEY is not set; export it, or WANDB_MODE=offline, or pass "
-                "logger.wandb_enabled=false"
-            )
+    has_key = {"WANDB_MODE", "WANDB_API_KEY"} & os.environ.keys() or (Path.home() / ".netrc").exists()
+    if cfg.logger.wandb_enabled and not has_key:
+        raise ConfigError(
+            "logger.wandb_enabled=true but WANDB_API_KEY is not set; export it, or WANDB_MODE=offline, or pass "
+            "logger.wandb_enabled=false"
+        )
     if "RAY_ADDRESS" in os.environ:
         return  # the machines are checked when they are known, in start_ray
     if cfg.cluster.num_nodes > 1:
@@ -147,9 +151,9 @@ def nodes_with(bundle: dict[str, int], ranks: int, cfg: Config) -> list[str]:
     """Addresses of `cluster.num_nodes` nodes that have `ranks` times `bundle`, the driver's own first."""
     here = ray.get_runtime_context().get_node_id()
     alive = sorted((n["NodeID"] != here, n["NodeManagerAddress"], n["Resources"]) for n in ray.nodes() if n["Alive"])
-    fit = [address for _, address, has in alive if all(has.get(k, 0) >= v * ranks for k, v in bundle.items())]
+    offers = {address: {k: has.get(k, 0) for k in bundle} for _, address, has in alive}
+    fit = [address for address, has in offers.items() if all(has[k] >= v * ranks for k, v in bundle.items())]
     if len(fit) < cfg.cluster.num_nodes:
-        offers = "; ".join(f"{address}: { ({k: has.get(k, 0) for k in bundle}) }" for _, address, has in alive)
         raise RunError(
             f"cluster.num_nodes={cfg.cluster.num_nodes} with cluster.gpus_per_node={cfg.cluster.gpus_per_node} needs "
             f"{ranks} x {bundle} on each node, but Ray offers {offers}; correct these keys or add nodes"

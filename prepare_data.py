@@ -28,6 +28,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -93,7 +94,7 @@ def gsm8k_columns(answer: Any) -> Row:
 
 @dataclass(frozen=True)
 class Layout:
-    """A column layout: a row that has both columns is read so. Columns that it does not use stay."""
+    """Which two columns hold question and answer; a row that has both has this layout. Its other columns stay."""
 
     question: str
     answer: str
@@ -232,7 +233,7 @@ def go_offline_if_unreachable(seconds: float = 5.0) -> None:
     try:
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds).close()
     except urllib.error.HTTPError:
-        pass  # an answer
+        pass  # the hub did answer
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -278,15 +279,14 @@ def good_rows(source: Source, bad: list[str]) -> Iterator[tuple[Row, bytes]]:
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
-ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str).encode
-
 
 def json_line(row: Row) -> bytes:
     """One line. JSON has neither infinity nor NaN, which become null, nor dates and decimals, which become text."""
+    encode = partial(json.dumps, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
     try:
-        text = ENCODE(row)
+        text = encode(row)
     except ValueError:
-        text = ENCODE(json.loads(json.dumps(row, default=str), parse_constant=lambda _: None))
+        text = encode(json.loads(json.dumps(row, default=str), parse_constant=lambda _: None))
     return text.encode() + b"\n"
 
 
@@ -296,15 +296,14 @@ class SplitWriter:
     def __init__(self, path: Path, args: argparse.Namespace, tokenizer: Any) -> None:
         self.args, self.tokenizer = args, tokenizer
         self.file = open(path, "wb")  # noqa: SIM115 - closed by finish()
-        self.sha256 = hashlib.sha256()
-        self.count = dict.fromkeys(("rows", "duplicates", "duplicates_dropped", "bad_skipped", "too_long"), 0)
+        self.count = dict.fromkeys(("rows", "duplicates", "duplicates_dropped", "bad_skipped", "too_long_dropped"), 0)
         self.lengths: Counter[int] = Counter()
         self.seen: set[int] = set()
         self.answers: set[int] = set()
         self.sample: Row = {}
 
     def add(self, row: Row, line: bytes, dedup: bool) -> None:
-        """Write the row, --num-repeats times, unless it repeats another or is too long and such rows are dropped."""
+        """Write the row, --num-repeats times, unless it is too long, or repeats another with `dedup`."""
         args, count, key = self.args, self.count, hash((row["question"], row["expected_answer"]))
         if dedup and key in self.seen:
             count["duplicates_dropped"] += 1
@@ -314,9 +313,8 @@ class SplitWriter:
             length = len(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
         else:
             length = sum(len(message["content"]) for message in prompt)
-        too_long = args.max_prompt_length is not None and length > args.max_prompt_length
-        count["too_long"] += too_long
-        if too_long and args.drop_long:
+        if args.max_prompt_length and length > args.max_prompt_length:
+            count["too_long_dropped"] += 1
             return
         count["rows"] += args.num_repeats
         count["duplicates"] += key in self.seen
@@ -324,27 +322,21 @@ class SplitWriter:
         self.seen.add(key)
         self.answers.add(hash(row["expected_answer"]))
         self.sample = self.sample or row
-        line *= args.num_repeats
-        self.sha256.update(line)
-        self.file.write(line)
+        self.file.write(line * args.num_repeats)
 
     def finish(self) -> Row:
         """Close the file; what *_metrics.json says, which is the same for the same rows."""
         self.file.close()
         unit = "prompt_tokens" if self.tokenizer else "prompt_characters"
         counts = {**self.count, "distinct_answers": len(self.answers)}
-        return {**counts, unit: length_statistics(self.lengths), "sha256": self.sha256.hexdigest()}
+        return {**counts, unit: length_statistics(self.lengths)}
 
 
 def length_statistics(counts: Counter[int]) -> Row:
-    """Minimum, maximum, mean, median and a histogram (bin i counts edges[i] <= length < edges[i + 1])."""
+    """Minimum, maximum, mean and median of lengths, of which `counts` says how often each occurs."""
     lengths = np.repeat(list(counts), list(counts.values()))
-    low, high = int(lengths.min()), int(lengths.max())
-    width = (high - low) // 10 + 1
-    edges = np.arange(low, high + 1 + width, width)
-    histogram = {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
     mean, median = round(float(lengths.mean()), 3), float(np.median(lengths))
-    return {"min": low, "max": high, "mean": mean, "median": median, "histogram": histogram}
+    return {"min": int(lengths.min()), "max": int(lengths.max()), "mean": mean, "median": median}
 
 
 def goes_to_validation(question: str, args: argparse.Namespace) -> bool:
@@ -427,8 +419,7 @@ def common_options() -> Parser:
     own = "default: the row's own prompt where it has one, else " + json.dumps(MATH_TEMPLATE)
     add("--prompt-template", type=template_text, help="text with {question} in it, or a file with such a text; " + own)
     add("--tokenizer", help="model folder or hub name: measure prompts in tokens, with the chat template")
-    add("--max-prompt-length", type=int, help="count longer prompts (tokens if --tokenizer, else characters)")
-    add("--drop-long", action="store_true", help="leave longer prompts out")
+    add("--max-prompt-length", type=int, help="leave out longer prompts (tokens if --tokenizer, else characters)")
     return common
 
 
@@ -452,8 +443,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for option in ("limit", "num_repeats", "max_prompt_length"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             parser.error(f"--{option.replace('_', '-')} {getattr(args, option)} is below 1")
-    if args.drop_long and args.max_prompt_length is None:
-        parser.error("--drop-long needs --max-prompt-length")
     if args.name == "file":
         if not args.path.is_file():
             parser.error(f"{args.path} is neither a known data set ({', '.join(names.choices)}) nor a file here")

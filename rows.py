@@ -88,7 +88,7 @@ class Rows:
             if len(ids) >= max_length:
                 raise ConfigError(
                     f"{path} line {number}: the prompt has {len(ids)} tokens, which leaves no room for an answer in "
-                    f"policy.max_total_sequence_length={max_length}; drop such rows in prepare_data.py"
+                    f"policy.max_total_sequence_length={max_length}; see prepare_data.py --max-prompt-length"
                 )
             self.rows.append(row)
             self.prompt_ids.append(ids)
@@ -100,8 +100,9 @@ class Rows:
         """In all epochs, which drop their incomplete last batch. Raises ConfigError if not one batch is full."""
         per_epoch = len(self) // prompts_per_step
         if not per_epoch:
-            few = f"{self.path} has {len(self)} rows, fewer than grpo.num_prompts_per_step={prompts_per_step}"
-            raise ConfigError(few)
+            raise ConfigError(
+                f"{self.path} has {len(self)} rows, fewer than grpo.num_prompts_per_step={prompts_per_step}"
+            )
         return per_epoch * epochs
 
     def batch(self, step: int, size: int, seed: int, shuffle: bool) -> list[int]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,7 +161,7 @@ def test_defaults_and_what_the_model_says(tiny_model):
 
 def test_missing_files_are_one_line(tiny_model, arithmetic_rows, tmp_path):
     rows = str(arithmetic_rows / "train.jsonl")
-    with pytest.raises(ConfigError, match=r"^cannot load --model .*/nowhere: [^\n]*$"):
+    with pytest.raises(ConfigError, match=r"^cannot load --model='.*/nowhere': [^\n]*$"):
         evaluate(parse_args(["--model", str(tmp_path / "nowhere"), "--data", rows]))
     with pytest.raises(ConfigError, match=r"^cannot read rows from 'nowhere' [^\n]*make them with prepare_data.py$"):
         evaluate(parse_args(["--model", str(tiny_model), "--data", "nowhere", "--output", str(tmp_path)]))
@@ -177,16 +179,27 @@ def command(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def run(given: list[str]) -> subprocess.CompletedProcess:
-    done = subprocess.run(given, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
-    return done
+@pytest.fixture
+def evaluated(capsys):
+    """Run a command line in this process; returns the lines that it prints."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def run_here(given: list[str]) -> list[str]:
+        capsys.readouterr()
+        evaluate(parse_args(given[2:]))
+        ray.shutdown()
+        return capsys.readouterr().out.splitlines()
+
+    yield run_here
+    ray.shutdown()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.slow
-def test_a_kill_and_another_number_of_engines_change_no_answer(warm_model, arithmetic_rows, tmp_path, capsys):
+def test_a_kill_and_another_number_of_engines_change_no_answer(warm_model, arithmetic_rows, tmp_path, evaluated):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(command(warm_model, arithmetic_rows, whole, "--engines", "2"))
+    evaluated(command(warm_model, arithmetic_rows, whole, "--engines", "2"))
     given = command(warm_model, arithmetic_rows, killed)
     samples = killed / "samples.jsonl"
     with subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -196,16 +209,15 @@ def test_a_kill_and_another_number_of_engines_change_no_answer(warm_model, arith
     assert psutil.wait_procs(workers, timeout=30)[1] == []
     before = len(samples.read_text().splitlines()) // K
     assert 0 < before < ROWS
-    done = run(given)
-    assert f"samples.jsonl has {before} of {ROWS} rows" in done.stdout
+    printed = evaluated(given)
+    assert f"{samples} has {before} of {ROWS} rows" in printed
     answers = read(whole / "samples.jsonl")
     assert [a["row"] for a in answers] == [row for row in range(ROWS) for _ in range(K)]
     assert len({tuple(a["text"] for a in answers[i : i + K]) for i in range(0, len(answers), K)}) > ROWS // 2
     assert 0 < sum(a["reward"] for a in answers) < len(answers)
     for name in ("samples.jsonl", "metrics.json", "settings.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    capsys.readouterr()
-    evaluate(parse_args(given[2:]))  # nothing is left to do
-    assert capsys.readouterr().out.splitlines()[1:] == done.stdout.splitlines()[1:]
+    again = evaluated(given)  # nothing is left to do
+    assert again == [f"{samples} has {ROWS} of {ROWS} rows", *printed[-len(again) + 1 :]]
     with pytest.raises(ConfigError, match=r"samples.jsonl was made with \{'temperature': 1.0\}; choose another --out"):
         evaluate(parse_args([*given[2:], "--temperature", "0.5"]))

@@ -20,7 +20,6 @@ from hardware import (
     memory_estimate,
     memory_table,
     not_for_kv_cache,
-    peaks,
 )
 from launch import explain
 from logger import Logger
@@ -154,10 +153,11 @@ def test_nothing_is_claimed_about_a_mixture_of_experts(tmp_path):
 
 
 def test_peaks_by_device_name():
-    assert peaks("NVIDIA H100 80GB HBM3") == (989e12, 3.35e12)
-    assert peaks("NVIDIA H100 PCIe") == (756e12, 2.0e12)
-    assert peaks("NVIDIA H200") == (989e12, 4.8e12)
-    assert peaks("cpu") is None
+    cfg = load_config(ROOT / "config.yaml", ONE_GPU)
+    assert Limits(cfg, SMALL, "NVIDIA H100 80GB HBM3").peaks == (989e12, 3.35e12)
+    assert Limits(cfg, SMALL, "NVIDIA H100 PCIe").peaks == (756e12, 2.0e12)
+    assert Limits(cfg, SMALL, "NVIDIA H200").peaks == (989e12, 4.8e12)
+    assert Limits(cfg, SMALL, "cpu").peaks is None
 
 
 def test_utilization_of_a_step_on_two_gpus(shape):

@@ -14,28 +14,22 @@ from conftest import ROOT
 from config import ConfigError, load_config
 from launch import RunError, Stopped, check_before_start, run_main
 
-LOCAL_RUN = """
-import ray, launch
+WITH_RAY = """
+import os, signal, threading, ray, launch
 from config import load_config
 
 launch.start_ray(load_config("recipes/quickstart.yaml", []), launch.StopRequests(None))
 print("nodes", len(ray.nodes()), "cluster", ray.get_runtime_context().gcs_address)
-ray.shutdown()
-"""
-
-SIGNAL_IN_RAY = """
-import os, signal, threading, ray, launch
-from config import load_config
-
-stop = launch.StopRequests(None)
-launch.start_ray(load_config("recipes/quickstart.yaml", []), stop)
 never = ray.remote(num_cpus=0)(lambda: signal.pause()).remote()
-threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-try:
-    with stop.interruptible():
-        ray.WAIT
-except launch.Stopped as e:
-    print("stopped by", e)
+for wait in (lambda: ray.wait([never], timeout=2), lambda: ray.get(never, timeout=2)):
+    stop = launch.StopRequests(None)
+    stop.listen()
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        with stop.interruptible():
+            wait()
+    except launch.Stopped as e:
+        print("stopped by", e)
 ray.shutdown()
 """
 
@@ -51,9 +45,9 @@ def test_many_nodes_need_a_cluster(quickstart_overrides, monkeypatch):
     check_before_start(cfg)
 
 
-@pytest.mark.slow
-def test_a_run_beside_what_an_earlier_ray_left():
-    """It does not join the old Ray and does not stop for it."""
+@pytest.fixture(scope="module")
+def beside_old_ray() -> tuple[list[str], str]:
+    """What WITH_RAY prints on a machine where an earlier `ray start` was left running, and that Ray's port."""
     mark = f"test {os.getpid()}"
     ray = Path(sys.executable).with_name("ray")
     subprocess.run(
@@ -70,14 +64,26 @@ def test_a_run_beside_what_an_earlier_ray_left():
                 old += [process] if process.environ().get("LEFT_BY") == mark else []
         port = next(found[1] for p in old if (found := re.search(r"gcs_server_port=(\d+)", " ".join(p.cmdline()))))
         done = subprocess.run(
-            [sys.executable, "-c", LOCAL_RUN], capture_output=True, text=True, timeout=600, cwd=ROOT, check=True
+            [sys.executable, "-c", WITH_RAY], capture_output=True, text=True, timeout=600, cwd=ROOT, check=True
         )
     finally:
         for process in old:
             with suppress(psutil.Error):
                 process.kill()
-    assert "nodes 1 cluster" in done.stdout
-    assert f":{port}" not in done.stdout
+    return done.stdout.splitlines(), port
+
+
+@pytest.mark.slow
+def test_a_run_does_not_join_an_old_ray_and_does_not_stop_for_it(beside_old_ray):
+    printed, port = beside_old_ray
+    assert printed[0].startswith("nodes 1 cluster ")
+    assert f":{port}" not in printed[0]
+
+
+@pytest.mark.slow
+def test_a_signal_while_ray_waits_stops_the_run(beside_old_ray):
+    """Ray's compiled code makes a SystemError of a signal handler's exception, once what it waits for is over."""
+    assert beside_old_ray[0][1:] == ["stopped by SIGTERM"] * 2
 
 
 @pytest.mark.parametrize(
@@ -107,12 +113,3 @@ def test_exit_codes_and_the_line_that_goes_with_them(raised, code, line, capsys)
     if code:
         assert found.value.code == code
     assert capsys.readouterr().err == line
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("waiting", ["wait([never], timeout=2)", "get(never, timeout=2)"])
-def test_a_signal_while_ray_waits_stops_the_run(waiting):
-    """Ray's compiled code makes a SystemError of a signal handler's exception, once what it waits for is over."""
-    command = [sys.executable, "-c", SIGNAL_IN_RAY.replace("WAIT", waiting)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.stdout.splitlines() == ["stopped by SIGTERM"], done.stderr

@@ -12,7 +12,6 @@ from `grpo.seed` and the number of batches drawn, which is in `run.json`. The ra
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -28,6 +27,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from config import Checkpointing, Config, ConfigError
 from launch import RunError
 from policy import Policy
+from rows import contents
+
+# What these name must stay the same, wherever it lies.
+FILES = ("data.chat_template", "data.train_jsonl_fpath", "data.validation_jsonl_fpath", "policy.model_name")
 
 # Keys (or how they begin) that may differ when a run continues: paths, limits, logging, and where and in what portions
 # the work is done. The last may change rounding, not the algorithm. With any other key changed the run would be two
@@ -35,8 +38,8 @@ from policy import Policy
 MAY_CHANGE = (
     "checkpointing.",
     "cluster.",
-    "data.train_jsonl_fpath",
-    "data.validation_jsonl_fpath",
+    *FILES,
+    "data.chat_template_kwargs",
     "env.judge_url",
     "env.reward_",
     "grpo.gate_patience",
@@ -88,11 +91,11 @@ class Checkpoints:
                 remove(unfinished)
         except OSError as e:
             raise ConfigError(f"cannot write to {where} ({e.strerror}); choose another") from None
-        self.data_sha256 = hashlib.sha256(Path(cfg.data.train_jsonl_fpath).read_bytes()).hexdigest()
+        self.contents = contents_of(cfg)
         if complete := steps_in(self.dir):
             self.newest = complete[max(complete)]
             self.position, saved = read_checkpoint(self.newest)
-            check_compatible(cfg, saved, self.newest, self.data_sha256)
+            check_compatible(cfg, saved, self.newest, self.contents)
             self.wandb_id, self.saved_step = saved["wandb_id"], self.position.step
 
     def restore(self, policy: Policy) -> None:
@@ -108,7 +111,7 @@ class Checkpoints:
         run = {
             "position": dataclasses.asdict(position),
             "wandb_id": wandb_id,
-            "train_sha256": self.data_sha256,
+            "contents": self.contents,
             "world_size": self.cfg.world_size,
             "config": dataclasses.asdict(self.cfg),
         }
@@ -118,7 +121,8 @@ class Checkpoints:
             (unfinished / "run.json").write_text(json.dumps(run, indent=1))
         except OSError as e:
             raise self._failed(position.step, e) from None
-        policy.save(unfinished, partial(publish, unfinished, self.cfg.checkpointing))
+        template = Path(self.cfg.data.chat_template).read_text() if self.cfg.data.chat_template else None
+        policy.save(unfinished, partial(publish, unfinished, self.cfg.checkpointing, template))
         self.saved_step = position.step
 
     def save_unsaved(self, policy: Policy, position: Position, wandb_id: str | None) -> None:
@@ -143,10 +147,15 @@ class Checkpoints:
 # ---------------------------------------------------------------- the folders
 
 
-def publish(unfinished: Path, cfg: Checkpointing) -> None:
-    """Make a folder that all ranks have written visible as step_N, then drop what is no longer kept."""
+def publish(unfinished: Path, cfg: Checkpointing, chat_template: str | None) -> None:
+    """Make a folder that all ranks have written visible as step_N, then drop what is no longer kept.
+
+    With `chat_template` (its text) the model is used with that one instead of its own.
+    """
     if not (unfinished / "run.json").exists():
         raise FileNotFoundError(f"{unfinished} was removed while it was being written")  # by the run that came after
+    if chat_template:
+        (unfinished / "chat_template.jinja").write_text(chat_template)
     for path in [*unfinished.rglob("*"), unfinished]:
         flush(path)  # everything is on the disk before the folder has its name, even if the power fails
     folder = unfinished.with_name(unfinished.name.removeprefix("tmp_"))
@@ -203,7 +212,7 @@ def read_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]]:
     try:
         saved = json.loads(path.read_text())
         position = Position(**saved["position"])
-        if missing := {"wandb_id", "train_sha256", "world_size", "config"} - saved.keys():
+        if missing := {"wandb_id", "contents", "world_size", "config"} - saved.keys():
             raise KeyError(*missing)
         path = folder / "training_state" / ".metadata"
         for part in FileSystemReader(path.parent).read_metadata().storage_data.values():
@@ -227,13 +236,19 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def check_compatible(cfg: Config, saved: dict[str, Any], folder: Path, train_sha256: str) -> None:
+def contents_of(cfg: Config) -> dict[str, str | None]:
+    """What identifies each of FILES, and the arguments of the chat template as text."""
+    config = flat(dataclasses.asdict(cfg))
+    found = {f"the contents (sha256) of {name}": contents(config[name]) for name in FILES}
+    return found | {"data.chat_template_kwargs": json.dumps(cfg.data.chat_template_kwargs, sort_keys=True)}
+
+
+def check_compatible(cfg: Config, saved: dict[str, Any], folder: Path, files: dict[str, str | None]) -> None:
     """Raise ConfigError for the first thing that makes this another experiment than the one in `folder`."""
-    contents = "the contents (sha256) of data.train_jsonl_fpath"
-    before = flat(saved["config"]) | {contents: saved["train_sha256"]}
-    now = flat(dataclasses.asdict(cfg)) | {contents: train_sha256}
+    before = flat(saved["config"]) | saved["contents"]
+    now = flat(dataclasses.asdict(cfg)) | files
     for name in sorted(now.keys() & before.keys()):
-        if now[name] != before[name] and not name.startswith(MAY_CHANGE):
+        if now[name] != before[name] and (name in files or not name.startswith(MAY_CHANGE)):
             raise ConfigError(
                 f"{name} was {before[name]} and is {now[name]}: to continue '{folder}' set it back; to start anew "
                 "choose another checkpointing.checkpoint_dir"

@@ -179,6 +179,8 @@ class Data:
     train_jsonl_fpath: str = key(MISSING, "training rows, from prepare_data.py")
     validation_jsonl_fpath: str | None = key(None, "validation rows; null: no validation")
     shuffle: bool = key(True, "shuffle the rows each epoch")
+    chat_template: str | None = key(None, "Jinja file to use instead of the model's own chat template")
+    chat_template_kwargs: dict[str, Any] = key({}, "what the chat template is given, such as {enable_thinking: false}")
 
 
 @dataclass

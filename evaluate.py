@@ -9,7 +9,6 @@ seed, so that its answers do not depend on the others (exactly on the CPU; on a 
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from config import Cluster, Colocated, Config, ConfigError, Env, Generation, Pol
 from launch import RunError, StopRequests, run_main, start_ray
 from reward_client import VERIFIED, RewardClient
 from rollout import RolloutEngines
-from rows import Rows, end_of_sequence_ids, load_tokenizer
+from rows import Rows, add_template_options, contents, end_of_sequence_ids, load_tokenizer
 
 # ---------------------------------------------------------------- the numbers
 
@@ -99,12 +98,9 @@ def report(metrics: dict[str, float]) -> None:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the answers: they are only continued under the same. Of a model in a folder its files count."""
-    names = ("k", "temperature", "max_new_tokens", "max_total_sequence_length", "seed")
-    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(args.model).glob("*.safetensors"))]
-    return {name: vars(args)[name] for name in names} | {
-        "model": files or args.model,
-        "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
-    }
+    names = ("k", "temperature", "max_new_tokens", "max_total_sequence_length", "seed", "chat_template_kwargs")
+    files = {name: contents(vars(args)[name]) for name in ("model", "data", "chat_template")}
+    return {name: vars(args)[name] for name in names} | files
 
 
 def check_settings(folder: Path, now: dict[str, Any]) -> None:
@@ -162,7 +158,7 @@ def configure(args: argparse.Namespace) -> Config:
 
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """Sample and score the rows that are missing, then summarize all. Returns the metrics."""
-    tokenizer = load_tokenizer(args.model, "--model")
+    tokenizer = load_tokenizer(args.model, "--model", args.chat_template, args.chat_template_kwargs)
     cfg = configure(args)
     data = Rows(args.data, tokenizer, cfg.policy.max_total_sequence_length)
     check_settings(args.output, settings_of(args))
@@ -229,6 +225,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reward-url", help="a running reward server; default: start one")
     parser.add_argument("--output", type=Path, help="folder (default: results/evaluation/MODEL/DATA)")
     parser.add_argument("--seed", type=int, default=0)
+    add_template_options(parser)
     args = parser.parse_args(argv)
     for name in ("k", "limit", "engines", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from config import ConfigError
 from recipes import arithmetic
-from rows import AGENT_REF, load_tokenizer, read_row
+from rows import AGENT_REF, add_template_options, encode_prompt, load_tokenizer, read_row
 
 Row = dict[str, Any]
 Located = Iterable[tuple[str, Any]]  # pairs of a place ("file:line") and the row there, or the ValueError it gave
@@ -263,18 +263,25 @@ def open_sources(args: argparse.Namespace) -> list[Source]:
     return [Source((split,), read_hub(h), template, h.dedup, args.skip_bad or h.skip_bad) for split, h in hubs.items()]
 
 
-def good_rows(source: Source, bad: list[str]) -> Iterator[tuple[Row, bytes]]:
-    """Converted rows and their lines; a bad row ends the run, or goes to `bad`."""
+def good_rows(source: Source, tokenizer: Any, bad: list[str]) -> Iterator[tuple[Row, bytes, int]]:
+    """Converted rows, their lines and the lengths of their prompts; a bad row ends the run, or goes to `bad`."""
     for place, raw in source.rows:
         try:
             if isinstance(raw, ValueError):
                 raise raw
             row = convert(raw, source.template)
-            yield row, json_line(row)
+            yield row, json_line(row), prompt_length(row, tokenizer)
         except (ValueError, RecursionError) as error:
             bad.append(f"{place}: {error}")
             if not source.skip_bad:
                 raise ConfigError(f"{bad[0]}; correct it, or leave such rows out with --skip-bad") from error
+
+
+def prompt_length(row: Row, tokenizer: Any) -> int:
+    """In tokens, or in characters without a tokenizer."""
+    if tokenizer:
+        return len(encode_prompt(tokenizer, row))
+    return sum(len(message["content"]) for message in row["responses_create_params"]["input"])
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -293,8 +300,8 @@ def json_line(row: Row) -> bytes:
 class SplitWriter:
     """Writes one JSONL file and gathers its metrics; memory grows only by two hashes per distinct row."""
 
-    def __init__(self, path: Path, args: argparse.Namespace, tokenizer: Any) -> None:
-        self.args, self.tokenizer = args, tokenizer
+    def __init__(self, path: Path, args: argparse.Namespace) -> None:
+        self.args = args
         self.file = open(path, "wb")  # noqa: SIM115 - closed by finish()
         self.count = dict.fromkeys(("rows", "duplicates", "duplicates_dropped", "bad_skipped", "too_long_dropped"), 0)
         self.lengths: Counter[int] = Counter()
@@ -302,17 +309,12 @@ class SplitWriter:
         self.answers: set[int] = set()
         self.sample: Row = {}
 
-    def add(self, row: Row, line: bytes, dedup: bool) -> None:
+    def add(self, row: Row, line: bytes, length: int, dedup: bool) -> None:
         """Write the row, --num-repeats times, unless it is too long, or repeats another with `dedup`."""
         args, count, key = self.args, self.count, hash((row["question"], row["expected_answer"]))
         if dedup and key in self.seen:
             count["duplicates_dropped"] += 1
             return
-        prompt = row["responses_create_params"]["input"]
-        if self.tokenizer:
-            length = len(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-        else:
-            length = sum(len(message["content"]) for message in prompt)
         if args.max_prompt_length and length > args.max_prompt_length:
             count["too_long_dropped"] += 1
             return
@@ -327,7 +329,7 @@ class SplitWriter:
     def finish(self) -> Row:
         """Close the file; what *_metrics.json says, which is the same for the same rows."""
         self.file.close()
-        unit = "prompt_tokens" if self.tokenizer else "prompt_characters"
+        unit = "prompt_tokens" if self.args.tokenizer else "prompt_characters"
         counts = {**self.count, "distinct_answers": len(self.answers)}
         return {**counts, unit: length_statistics(self.lengths)}
 
@@ -345,14 +347,16 @@ def goes_to_validation(question: str, args: argparse.Namespace) -> bool:
     return int.from_bytes(digest, "big") < args.validation_split * 2**64
 
 
-def write_splits(args: argparse.Namespace, sources: list[Source], writers: dict[str, SplitWriter]) -> None:
+def write_splits(
+    args: argparse.Namespace, sources: list[Source], tokenizer: Any, writers: dict[str, SplitWriter]
+) -> None:
     """Convert everything; ConfigError if a split is left without rows."""
     for source in sources:
         bad: list[str] = []
-        rows = islice(good_rows(source, bad), args.limit)
-        for row, line in tqdm(rows, desc=" and ".join(source.splits), unit=" rows", disable=None):
+        rows = islice(good_rows(source, tokenizer, bad), args.limit)
+        for row, line, length in tqdm(rows, desc=" and ".join(source.splits), unit=" rows", disable=None):
             split = source.splits[len(source.splits) > 1 and goes_to_validation(row["question"], args)]
-            writers[split].add(row, line, source.dedup)
+            writers[split].add(row, line, length, source.dedup)
         writers[source.splits[0]].count["bad_skipped"] = len(bad)
         skipped = f"{len(bad)} bad rows were skipped, the first: {bad[0]}" if bad else "no row was bad"
         for split in source.splits:
@@ -371,11 +375,12 @@ def prepare(args: argparse.Namespace) -> None:
             raise ConfigError(f"{path} is already there; replace it with --overwrite, or choose another --output")
     if args.name in HUB_SETS or args.tokenizer:
         go_offline_if_unreachable()
-    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer") if args.tokenizer else None
+    template = (args.chat_template, args.chat_template_kwargs)
+    tokenizer = load_tokenizer(args.tokenizer, "--tokenizer", *template) if args.tokenizer else None
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp_", dir=output.parent) as folder:
-        writers = {split: SplitWriter(Path(folder) / f"{split}.jsonl", args, tokenizer) for split in splits}
-        write_splits(args, sources, writers)
+        writers = {split: SplitWriter(Path(folder) / f"{split}.jsonl", args) for split in splits}
+        write_splits(args, sources, tokenizer, writers)
         metrics = {split: writer.finish() for split, writer in writers.items()}
         for split in splits:
             text = json.dumps({"split": split, **metrics[split]}, indent=1)
@@ -419,6 +424,7 @@ def common_options() -> Parser:
     own = "default: the row's own prompt where it has one, else " + json.dumps(MATH_TEMPLATE)
     add("--prompt-template", type=template_text, help="text with {question} in it, or a file with such a text; " + own)
     add("--tokenizer", help="model folder or hub name: measure prompts in tokens, with the chat template")
+    add_template_options(common)
     add("--max-prompt-length", type=int, help="leave out longer prompts (tokens if --tokenizer, else characters)")
     return common
 

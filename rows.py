@@ -3,13 +3,17 @@
 Rows are as NeMo Gym 0.7 and prepare_data.py write them; see the top of prepare_data.py.
 """
 
+import argparse
+import hashlib
 import json
 import math
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from config import ConfigError
 
@@ -81,10 +85,9 @@ class Rows:
                 continue
             try:
                 row = read_row(json.loads(line))
+                ids = encode_prompt(tokenizer, row)
             except (ValueError, RecursionError) as e:
                 raise ConfigError(f"{path} line {number} is not a row: {e}; see prepare_data.py") from None
-            chat = row["responses_create_params"]["input"]
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
             if len(ids) >= max_length:
                 raise ConfigError(
                     f"{path} line {number}: the prompt has {len(ids)} tokens, which leaves no room for an answer in "
@@ -112,8 +115,25 @@ class Rows:
         return order[position * size : (position + 1) * size].tolist()
 
 
-def load_tokenizer(model_name: str, option: str = "policy.model_name") -> Any:
-    """The tokenizer of a Hugging Face folder or name. Raises ConfigError if it cannot format a chat."""
+def encode_prompt(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+    """Token ids of a row's chat, up to where the response begins. Raises ValueError if the chat template refuses it."""
+    chat = row["responses_create_params"]["input"]
+    try:
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    except TemplateError as e:
+        raise ValueError(f"the model's chat template refuses it: {e}") from None
+
+
+def load_tokenizer(
+    model_name: str,
+    option: str = "policy.model_name",
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """The tokenizer of a Hugging Face folder or name. Raises ConfigError if it cannot format a chat.
+
+    `chat_template`: a file to use instead of its own template; `chat_template_kwargs`: what every use of it gets.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -121,9 +141,25 @@ def load_tokenizer(model_name: str, option: str = "policy.model_name") -> Any:
     except (OSError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
         raise ConfigError(f"cannot load {option}='{model_name}': {reason}") from None
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text()
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"cannot read the chat template '{chat_template}': {e}") from None
     if not tokenizer.chat_template:
-        raise ConfigError(f"{option}='{model_name}' has no chat template; use an instruction-tuned model")
+        raise ConfigError(
+            f"{option}='{model_name}' has no chat template; use an instruction-tuned model, or give a Jinja file: "
+            "data.chat_template=FILE for training, --chat-template FILE elsewhere"
+        )
+    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **(chat_template_kwargs or {}))
     return tokenizer
+
+
+def add_template_options(parser: argparse.ArgumentParser) -> None:
+    """What `load_tokenizer` takes, on the command line of a script that has no configuration."""
+    parser.add_argument("--chat-template", metavar="FILE", help="Jinja file to use instead of the model's own")
+    words = "arguments of the chat template, as JSON: '{\"enable_thinking\": false}'"
+    parser.add_argument("--chat-template-kwargs", metavar="JSON", type=json.loads, default={}, help=words)
 
 
 def end_of_sequence_ids(model_name: str, tokenizer: Any) -> list[int]:
@@ -137,3 +173,19 @@ def end_of_sequence_ids(model_name: str, tokenizer: Any) -> list[int]:
         configured = None
     ids |= set(configured if isinstance(configured, list) else [configured])
     return sorted(i for i in ids if i is not None)
+
+
+def contents(path: str | None) -> str | None:
+    """What identifies a file, or a model's folder, wherever it lies: the sha256 of the file, or of the sizes and of the
+    first and last MiB of its files of weights. A name on the hub stands for itself."""
+    if path is None or not Path(path).exists():
+        return path
+    if Path(path).is_file():
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with file.open("rb") as weights:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + weights.read(2**20))
+            weights.seek(max(0, file.stat().st_size - 2**20))
+            digest.update(weights.read())
+    return digest.hexdigest()

@@ -554,7 +554,8 @@ def start(cfg: Config) -> Run:
     checkpoints = Checkpoints(cfg)
     last = checkpoints.position
     log = Logger(cfg, last.step, checkpoints.wandb_id)
-    tokenizer = load_tokenizer(cfg.policy.model_name)
+    template = (cfg.data.chat_template, cfg.data.chat_template_kwargs)
+    tokenizer = load_tokenizer(cfg.policy.model_name, "policy.model_name", *template)
     with log.phase("start"), stop.interruptible(), ExitStack() as on_error:
         placement = start_ray(cfg, stop)
         rewards = RewardClient(cfg.env, cfg.logger.log_dir)

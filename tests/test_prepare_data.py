@@ -487,7 +487,7 @@ def test_long_prompts_are_left_out_and_counted(tmp_path):
 def test_tokenizer(tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    template = "{% for m in messages %} {{ m.role }} : {{ m.content }} {% endfor %} assistant :"
+    template = "{% for m in messages %} {{ m.role }} : {{ m.content }} {% endfor %} assistant : {{ start }}"
     (tmp_path / "tokenizer").mkdir()
     words.save(str(tmp_path / "tokenizer/tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "chat_template": template}
@@ -501,6 +501,9 @@ def test_tokenizer(tmp_path):
         1,
     )  # user : a b c assistant : is 7 tokens, user : a ... is 5
     assert metrics["prompt_tokens"]["max"] == metrics["prompt_tokens"]["min"] == 5
+    options = (*options, "--chat-template-kwargs", '{"start": "so"}', "--overwrite")
+    out = convert(tmp_path, source, "--tokenizer", tmp_path / "tokenizer", *options)
+    assert json.loads((out / "train_metrics.json").read_text())["prompt_tokens"]["max"] == 6
 
 
 def test_tokenizer_that_cannot_be_loaded(tmp_path):

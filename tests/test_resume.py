@@ -234,15 +234,25 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 
 @pytest.mark.slow
-def test_other_data_are_refused(opened, base, whole, tmp_path):
+def test_other_data_and_another_model_are_refused(opened, base, warm_model, whole, tmp_path):
     rows = Path(base[len(BATCH)].partition("=")[2])
     (tmp_path / "copy.jsonl").write_text(rows.read_text())
     assert opened(f"data.train_jsonl_fpath={tmp_path}/copy.jsonl").position.step == STEPS  # contents count, not names
     (tmp_path / "other.jsonl").write_text(rows.read_text().replace("What", "what", 1))
-    with pytest.raises(ConfigError) as error:
-        opened(f"data.train_jsonl_fpath={tmp_path}/other.jsonl")
-    assert one_line(error).startswith("the contents (sha256) of data.train_jsonl_fpath was ")
-    assert f": to continue '{whole}" in one_line(error)
+    shutil.copytree(warm_model, tmp_path / "model")
+    assert opened(f"policy.model_name={tmp_path}/model/").position.step == STEPS
+    weights = bytearray((tmp_path / "model" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "model" / "model.safetensors").write_bytes(weights)
+    for changed in (
+        f"data.train_jsonl_fpath={tmp_path}/other.jsonl",
+        f"data.validation_jsonl_fpath={tmp_path}/other.jsonl",
+        f"policy.model_name={tmp_path}/model",
+    ):
+        with pytest.raises(ConfigError) as error:
+            opened(changed)
+        assert one_line(error).startswith(f"the contents (sha256) of {changed.partition('=')[0]} was ")
+        assert f": to continue '{whole}" in one_line(error)
 
 
 @pytest.mark.slow
@@ -254,6 +264,7 @@ def test_other_data_are_refused(opened, base, whole, tmp_path):
         ("loss_fn.variant=gspo", "loss_fn.variant was grpo and is gspo"),
         ("policy.generation.temperature=0.5", "policy.generation.temperature was 1.0 and is 0.5"),
         ("policy.model_name=elsewhere", "is elsewhere"),
+        ("data.chat_template_kwargs.enable_thinking=false", 'was {} and is {"enable_thinking": false}'),
     ],
 )
 def test_another_experiment_is_refused(opened, override, words):
@@ -562,17 +573,18 @@ def test_retention_on_disk(tmp_path):
         folder.mkdir()
         (folder / "run.json").write_text("{}")
         (folder / "metrics.json").write_text(json.dumps({} if score is None else {"val:accuracy": score}))
-        publish(folder, cfg)
+        publish(folder, cfg, "{{ messages }}")
         kept.append({int(p.name[5:]) for p in tmp_path.glob("*step*")})
     assert kept == [{1}, {1, 2}, {1, 2, 3}, {2, 4}, {2, 4, 5}, {2, 4, 6}]
     assert (tmp_path / "mine").exists()
+    assert (tmp_path / "step_6" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_what_another_run_removed_is_not_published(tmp_path):
     """Ranks of a killed run may write on for a moment, into a folder that the next run has already removed."""
     (tmp_path / "tmp_step_3").mkdir()
     with pytest.raises(FileNotFoundError, match="was removed while it was being written"):
-        publish(tmp_path / "tmp_step_3", Checkpointing())
+        publish(tmp_path / "tmp_step_3", Checkpointing(), None)
     assert steps_in(tmp_path) == {}
 
 

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from config import ConfigError, load_config
 from launch import check_before_start
-from rows import Rows
+from rows import Rows, load_tokenizer
 
 BATCH = ["grpo.num_prompts_per_step=8", "grpo.num_generations_per_prompt=8"]
 
@@ -247,6 +247,35 @@ def test_bad_rows_name_file_and_line(arithmetic_rows, tiny_model, tmp_path, line
     path.write_text((arithmetic_rows / "train.jsonl").open().readline() + line + "\n")
     with pytest.raises(ConfigError, match=words):
         Rows(str(path), AutoTokenizer.from_pretrained(tiny_model), 64)
+
+
+def test_chat_templates(arithmetic_rows, tiny_model, tmp_path):
+    """One's own, and its arguments, reach every prompt; a row that it refuses is named."""
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ 'thinking' if enable_thinking else 'at once' }}: {{ messages[0].content }}"
+    )
+    tokenizer = load_tokenizer(str(tiny_model), "policy.model_name", str(template), {"enable_thinking": False})
+    path = tmp_path / "rows.jsonl"
+    user, system = ({"role": role, "content": "2"} for role in ("user", "system"))
+    lines = [
+        json.dumps({"responses_create_params": {"input": chat}, "expected_answer": "4"})
+        for chat in ([user], [system, user])
+    ]
+    path.write_text(lines[0])
+    assert Rows(str(path), tokenizer, 64).prompt_ids == [tokenizer.encode("at once: 2")]
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=f"^{path} line 2 is not a row: .* template refuses it: System role not supp"):
+        Rows(str(path), tokenizer, 64)
+    with pytest.raises(ConfigError, match="^cannot read the chat template 'nowhere.jinja'"):
+        load_tokenizer(str(tiny_model), "policy.model_name", "nowhere.jinja")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ConfigError, match=r"has no chat template; .* data.chat_template=FILE for training, --chat-temp"
+    ):
+        load_tokenizer(str(tmp_path / "base"))
 
 
 def test_prompts_without_room_and_missing_files(arithmetic_rows, tiny_model):

@@ -341,7 +341,10 @@ def _parse_override(text: str) -> tuple[str, DictConfig]:
 
 @contextmanager
 def _one_line_errors(where: str) -> Iterator[None]:
-    """Make one-line ConfigErrors of OmegaConf's and YAML's errors. OmegaConf finds the nearest key of a section."""
+    """Make one-line ConfigErrors of OmegaConf's and YAML's errors.
+
+    OmegaConf names the nearest key of the same section; a key of that name in another section is added here.
+    """
     try:
         yield
     except OmegaConfBaseException as e:

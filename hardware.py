@@ -97,7 +97,7 @@ def decode_bytes(shape: Shape, prompt_S: np.ndarray, prompts_S: np.ndarray, resp
     """
     _, first, group_S = np.unique(prompt_S, return_index=True, return_inverse=True)
     passes_S, passes_P = np.maximum(responses_S - 1, 0), np.zeros(len(first), dtype=np.int64)
-    np.maximum.at(passes_P, group_S, passes_S)  # of each group's longest answer
+    np.maximum.at(passes_P, group_S, passes_S)  # passes of each group's longest answer
     keys = (passes_P * prompts_S[first]).sum() + (passes_S * (passes_S + 1)).sum() / 2
     weights = (shape.layer_weights + shape.head_weights) * float(passes_P.max(initial=0))
     return float(2 * weights + 4 * shape.layers * shape.kv * keys)
@@ -174,7 +174,7 @@ class Limits:
 def resident_bytes(cfg: Config, shape: Shape) -> dict[str, float]:
     """What a rank of the policy keeps on its GPU from step to step, whether engines sleep or sample."""
     d = cfg.policy.dtensor_cfg
-    weights = shape.layer_weights + d.tensor_parallel_size * shape.outside_layers  # of all ranks together
+    weights = shape.layer_weights + d.tensor_parallel_size * shape.outside_layers  # that all ranks hold together
     shard = 0 if d.cpu_offload else weights / cfg.world_size
     return {"policy: float32 master weights": 4 * shard, "policy: AdamW moments": 8 * shard}
 

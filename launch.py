@@ -221,7 +221,7 @@ def explain(error: BaseException) -> str:
     if "CUDA out of memory" in str(error):
         return f"a GPU ran out of memory (checkpoints are intact): {OUT_OF_MEMORY_ADVICE}"
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
-        if "creation task" in str(error):  # the trace of its start, which ends with what was wrong
+        if "creation task" in str(error):  # the text is a trace whose last line says what was wrong
             return f"a policy or rollout actor could not start: {str(error).strip().splitlines()[-1][:300]}"
         reason = " ".join(str(error).split())[:300]
         return f"a policy or rollout actor died, the run cannot go on (checkpoints are intact): {reason}"

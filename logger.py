@@ -87,8 +87,8 @@ class Logger:
     def end_step(self, metrics: dict[str, float], samples: list[Any], derive: Callable[[dict], dict]) -> None:
         """Print the step's block, write its metrics and some of its samples, and start the next step's clock.
 
-        `derive` makes further metrics from those and the phases' times. Checkpoints come after this, so that one never
-        holds a step whose rows are missing here; the time they stop the run is the next step's.
+        `derive` makes further metrics from those and the phases' times. A checkpoint is saved after this, so it never
+        holds a step whose rows are missing here; the time that it stops the run counts for the next step.
         """
         now = time.perf_counter()
         total, elapsed = now - self.step_began, now - self.run_began

@@ -462,7 +462,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """The exit code: 0, or 2 after one line that says what is wrong."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary files go away
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SystemExit removes temporary files
     try:
         prepare(parse_args(argv))
     except KeyboardInterrupt:

@@ -203,7 +203,7 @@ def test_a_kill_and_another_number_of_engines_change_no_answer(warm_model, arith
     given = command(warm_model, arithmetic_rows, killed)
     samples = killed / "samples.jsonl"
     with subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: samples.exists() and samples.stat().st_size, 120, "the first row", pause=0.0005)
+        wait_for(lambda: samples.exists() and samples.stat().st_size, 600, "the first row", pause=0.0005)
         workers = children(psutil.Process(process.pid), "ray::RolloutWorker")
         process.kill()
     assert psutil.wait_procs(workers, timeout=30)[1] == []

@@ -45,8 +45,8 @@ def base(arithmetic_rows, tmp_path_factory) -> list[str]:
     validation[1]["expected_answer"] = "}{"
     (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in validation))
     return [
-        *BATCH, "cluster.cpu_ranks_per_node=2",
-        f"data.train_jsonl_fpath={rows}", f"data.validation_jsonl_fpath={folder}/validation.jsonl",
+        *BATCH, f"data.train_jsonl_fpath={rows}", f"data.validation_jsonl_fpath={folder}/validation.jsonl",
+        "cluster.cpu_ranks_per_node=2",
         "grpo.val_period=2", "grpo.max_num_epochs=100", "grpo.num_val_generations_per_prompt=2",
         "grpo.max_val_samples=3", "logger.num_val_samples_to_print=5",
         "grpo.use_dynamic_sampling=true", "grpo.dynamic_sampling_max_gen_batches=2", f"grpo.max_num_steps={STEPS}",
@@ -114,7 +114,7 @@ class Started:
             assert self.process.poll() is None, f"ended before {what}: {(self.folder / 'stderr').read_text()[-3000:]}"
             return condition()
 
-        return wait_for(or_ended, 120, what, pause=0.0005)
+        return wait_for(or_ended, 600, what, pause=0.0005)
 
     def kill(self) -> None:
         """SIGKILL, also to what is suspended. All else ends by itself, Ray's agents up to a minute later."""

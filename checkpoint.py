@@ -130,6 +130,8 @@ class Checkpoints:
         if self.cfg.checkpointing.enabled and position.step > self.saved_step:
             self.save(policy, position, wandb_id)
         self.wait(policy)
+        if self.saved_step:
+            print(f" • saved: '{self.dir}/step_{self.saved_step}'", flush=True)
 
     def wait(self, policy: Policy) -> None:
         """Wait until the save in progress, if any, is complete. Raises RunError if it failed."""

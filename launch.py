@@ -38,10 +38,11 @@ class Stopped(Exception):
 
 
 class StopRequests:
-    """SIGTERM, SIGUSR1 (Slurm's warning) and `checkpointing.checkpoint_must_save_by`, answered by raising `Stopped`.
+    """Ctrl-C, SIGTERM, SIGUSR1 (Slurm's warning) and `checkpointing.checkpoint_must_save_by`: they raise `Stopped`.
 
     `Stopped` is raised between two steps; and at once (or when Ray has what it waits for) while a run starts and within
-    `interruptible`, where a step has changed nothing yet. A second SIGTERM ends the process at once, with code 143.
+    `interruptible`, where a step has changed nothing yet. A second Ctrl-C or SIGTERM ends the process at once, with
+    code 130 or 143.
     """
 
     def __init__(self, must_save_by: str | None):
@@ -54,12 +55,12 @@ class StopRequests:
         self.step_began, self.longest_step = None, 0.0
 
     def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: Any) -> None:
         name = signal.Signals(number).name
-        if name == self.reason == "SIGTERM":
+        if name == self.reason != "SIGUSR1":
             sys.exit(128 + number)
         self.reason = name
         if self.may_interrupt:
@@ -244,8 +245,8 @@ def read_config(description: str) -> Config:
 def run_main(function: Callable[[], Any]) -> None:
     """Run a script's main function, and make of what it raises one `error:` line and the exit code.
 
-    0: finished. 1: error. 85: stopped as `StopRequests` says, to be continued by the same command. (143, by a second
-    SIGTERM, and 2, by argparse for bad usage, come from where they are raised.)
+    0: finished. 1: error. 85: stopped as `StopRequests` says, to be continued by the same command. (130 and 143, by a
+    second signal, and 2, by argparse for bad usage, come from where they are raised.)
     """
     try:
         function()
@@ -254,8 +255,8 @@ def run_main(function: Callable[[], Any]) -> None:
     except Stopped as e:
         print(f"stopped by {e}; the same command continues from what was saved", file=sys.stderr, flush=True)
         sys.exit(STOPPED)
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command continues from what was saved")
+    except KeyboardInterrupt:  # before anything listens for it
+        sys.exit("error: interrupted")
     except Exception as e:
         print(f"error: {explain(e)}", file=sys.stderr, flush=True)
         raise  # with the traceback after that line

@@ -69,7 +69,8 @@ class RewardClient:
         command += ["--judge-url", self.cfg.judge_url] if self.cfg.should_use_judge else []
         already = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            # In a process group of its own, so that a Ctrl-C does not end it while the run is still saving.
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
         deadline = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < deadline and self.process.poll() is None:
             output = self.log_path.read_bytes()[already:].decode(errors="replace")

@@ -5,9 +5,11 @@ import gc
 import hashlib
 import json
 import math
+import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -101,7 +103,7 @@ class Started:
     def __init__(self, given: list[str], folder: Path):
         self.stdout, self.folder = folder / "stdout", folder
         with self.stdout.open("w") as out, (folder / "stderr").open("w") as err:
-            self.process = subprocess.Popen(command(given), stdout=out, stderr=err, cwd=folder)
+            self.process = subprocess.Popen(command(given), stdout=out, stderr=err, cwd=folder, process_group=0)
 
     def __enter__(self) -> "Started":
         return self
@@ -131,20 +133,24 @@ class Started:
                     agent.kill()
 
 
-def stop_by_sigterm(given: list[str], folder: Path) -> int:
-    """Exit code 85 and every process gone; returns the last finished step, saved although its turn had not come."""
+def stop_by_ctrl_c(given: list[str], folder: Path) -> int:
+    """As a terminal does, to all processes of the group: exit code 85, and every process gone.
+
+    Returns the last finished step, saved although its turn had not come.
+    """
     metrics = folder / "logs" / "metrics.jsonl"
     with Started([*given, "checkpointing.save_period=50"], folder) as run:
         run.wait_for(lambda: read(metrics) and read(metrics)[-1]["step"], "the first step")
         family = psutil.Process(run.process.pid).children(recursive=True)
-        run.process.terminate()
+        os.killpg(run.process.pid, signal.SIGINT)
         assert run.process.wait(timeout=240) == 85
     assert psutil.wait_procs(family, timeout=20)[1] == []
     lines = (folder / "stderr").read_text()
-    assert "stopped by SIGTERM; the same command continues from what was saved" in lines
-    assert "SIGTERM received" not in lines
+    assert "stopped by SIGINT; the same command continues from what was saved" in lines
+    assert "received" not in lines
     assert "Traceback" not in lines
     last = read(metrics)[-1]["step"]
+    assert f" • saved: '{folder}/checkpoints/step_{last}'\n" in (folder / "stdout").read_text()
     assert [p.name for p in (folder / "checkpoints").glob("*step*")] == [f"step_{last}"]
     return last
 
@@ -199,7 +205,7 @@ def test_validation(whole):
 def test_a_stop_and_a_kill_change_nothing(base, warm_model, whole, tmp_path):
     """One step or two; more by a process that is killed; the rest. What the kill left half-written is removed."""
     given = overrides(base, warm_model, tmp_path)
-    stopped = stop_by_sigterm(given, tmp_path)
+    stopped = stop_by_ctrl_c(given, tmp_path)
     assert stopped in (1, 2)
     unfinished = kill_in_a_save(given, tmp_path, after=stopped + 1)
     assert f"continuing after step {stopped}" in (tmp_path / "stdout").read_text()

@@ -15,6 +15,7 @@ quickstart: .venv/installed-$(EXTRA) $(RUN)/model data/quickstart/train.jsonl
 	rm -rf $(RUN)/logs $(RUN)/checkpoints
 	$(BIN)/python train_grpo.py --config $(RECIPE) $(OVERRIDES)
 	@echo "Metrics and samples: $(RUN)/logs   checkpoints: $(RUN)/checkpoints"
+	@echo "To draw them: $(BIN)/python plot_run.py $(RUN)/logs --output $(RUN)/run.png"
 
 data/quickstart/train.jsonl: | .venv/installed-$(EXTRA)
 	$(BIN)/python prepare_data.py arithmetic --kinds add --max-operand 20 --output data/quickstart --overwrite

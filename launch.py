@@ -7,6 +7,7 @@ As a script it checks a configuration and starts nothing: `python launch.py [--c
 import argparse
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -108,7 +109,7 @@ def check_before_start(cfg: Config) -> None:
             "logger.wandb_enabled=true but WANDB_API_KEY is not set; export it, or WANDB_MODE=offline, or pass "
             "logger.wandb_enabled=false"
         )
-    if "RAY_ADDRESS" in os.environ:
+    if os.environ.get("RAY_ADDRESS"):
         return  # the machines are checked when they are known, in start_ray
     if cfg.cluster.num_nodes > 1:
         raise ConfigError(
@@ -126,15 +127,23 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
     tensor-parallel group are neighbours. A policy rank and an engine with the same bundle share a GPU.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own choice lets anything else on the machine go first
     here = str(Path(__file__).resolve().parent)
     env = {"env_vars": {"PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}}
     options = {"runtime_env": env, "log_to_driver": False}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(address=os.environ["RAY_ADDRESS"], **options)
-    else:
-        # "local" never joins a Ray that an earlier `ray start` left running. Ray starts a Python process for each CPU,
-        # which nothing here uses: it gets as many CPUs as the bundles ask for.
-        ray.init(address="local", num_cpus=cfg.num_bundles, include_dashboard=False, logging_level="error", **options)
+    try:
+        if address := os.environ.get("RAY_ADDRESS"):
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for ten minutes
+            ray.init(address=address, **options)
+        else:
+            # "local" never joins a Ray that an earlier `ray start` left running. Ray starts a Python process for each
+            # CPU, which nothing here uses: it gets as many CPUs as the bundles ask for.
+            options |= {"num_cpus": cfg.num_bundles, "include_dashboard": False, "logging_level": "error"}
+            ray.init(address="local", **options)
+    except (OSError, RuntimeError, ValueError) as e:
+        where = f"at RAY_ADDRESS={address}: start it there, or unset RAY_ADDRESS" if address else "on this machine"
+        raise RunError(f"no Ray {where} ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
     stop.listen()  # again, since ray.init has put in a handler that prints a native stack trace and ends the process
     bundle = {"CPU": 1, "GPU": 1} if cfg.device == "cuda" else {"CPU": 1}
     ranks = cfg.bundles_per_node

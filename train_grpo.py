@@ -535,6 +535,7 @@ def validate(run: Run, step: int) -> dict[str, float]:
     of_all = rollout_metrics(found)
     metrics = {
         "val:accuracy": of_all["reward"] if of_all["num_unverified"] < len(found) else math.nan,
+        "val:num_answers": len(found) - of_all["num_unverified"],
         "val:num_unverified": of_all["num_unverified"],
         "val:avg_length": of_all["mean_gen_tokens"],
         "val:truncation_rate": of_all["truncation_rate"],

@@ -11,5 +11,4 @@ make quickstart 2>&1 | grep -v "^WARNING" > "$console"   # pip speaks of the loc
 mv "$console" "$out/console.txt"
 mv results/quickstart/environment.txt "$out/environment.txt"
 cp results/quickstart/logs/metrics.jsonl "$out/metrics.jsonl"
-make -s .venv/installed-dev 2>&1 | grep -v "^WARNING" || true   # for the plot
-.venv/bin/python benchmarks/plot_run.py "$out/reward.png" "quickstart=$out/metrics.jsonl"
+.venv/bin/python plot_run.py "quickstart=$out/metrics.jsonl" --output "$out/reward.png"

@@ -121,7 +121,7 @@ def main() -> None:
         (args.output / "table.md").write_text(table(found))
         print(table(found))
         curves = [f"{name}={file}" for name, file in files.items()]
-        plot = [sys.executable, str(ROOT / "benchmarks" / "plot_run.py"), str(args.output / "reward.png"), *curves]
+        plot = [sys.executable, str(ROOT / "plot_run.py"), *curves, "--output", str(args.output / "reward.png")]
         subprocess.run(plot, check=True)
     if failed:
         sys.exit(f"error: {', '.join(failed)} failed, see the .txt files in {args.output}")

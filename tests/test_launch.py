@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from config import ConfigError, load_config
-from launch import RunError, Stopped, check_before_start, run_main
+from launch import RunError, Stopped, StopRequests, check_before_start, run_main, start_ray
 
 WITH_RAY = """
 import os, signal, threading, ray, launch
@@ -43,6 +43,18 @@ def test_many_nodes_need_a_cluster(quickstart_overrides, monkeypatch):
         check_before_start(cfg)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     check_before_start(cfg)
+
+
+def test_no_ray_is_one_line(quickstart_overrides, monkeypatch, tmp_path):
+    """A cluster that is gone, which Ray looks for during ten minutes; a folder whose path is too long for sockets."""
+    cfg = load_config(ROOT / "recipes" / "quickstart.yaml", quickstart_overrides)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(RunError, match=r"^no Ray at RAY_ADDRESS=127.0.0.1:9: start it there, or unset RAY_ADDRESS \("):
+        start_ray(cfg, StopRequests(None))
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 20)))
+    with pytest.raises(RunError, match=r"^no Ray on this machine \(OSError: .*path length cannot exceed 107 bytes"):
+        start_ray(cfg, StopRequests(None))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,142 @@
+"""Which models can be trained: decided from a model's configuration, before anything starts and without its weights.
+
+The model is built on the meta device, where tensors have shapes but no numbers, and runs once to show what it asks of
+its attention. What only numbers show is left to `model.self_test`, which runs when the weights are loaded.
+docs/models.md lists the types of transformers that pass both.
+"""
+
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from config import ConfigError, PolicyCfg
+
+SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # in configurations; not computed here
+ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")  # arguments of attention functions; not computed here
+SPLIT_AXIS = {"colwise": 0, "rowwise": 1}  # of a weight, by its style in a tensor-parallel plan
+# Further styles: the first is `model.add_partial_gradients`, the second need not be split.
+OTHER_STYLES = {"replicated_with_grad_allreduce", "embedding_rowwise"}
+
+
+def check_model(cfg: PolicyCfg, vocabulary: int = 0) -> None:
+    """Raise ConfigError for a model that cannot be trained here. `vocabulary`: how many tokens its tokenizer knows."""
+    name, tp = cfg.model_name, cfg.dtensor_cfg.tensor_parallel_size
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot load policy.model_name='{name}': {' '.join(str(e).split())[:200]}") from None
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, attn_implementation="probe")
+        why = fault_of_parts(lm, vocabulary) or fault_of_attention(lm, cfg.max_total_sequence_length)
+        if tp > 1 and not why:
+            why = fault_of_split(lm, tp)
+    except Exception as e:
+        why = f"it does not run on packed sequences ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+    if why:
+        raise ConfigError(f"policy.model_name='{name}', a model of type {config.model_type}, is not supported: {why}")
+
+
+def fault_of_parts(lm: nn.Module, vocabulary: int) -> str:
+    """What there is no place for in model.py, or an empty string."""
+    head = getattr(lm, "lm_head", None)
+    if not hasattr(lm.base_model, "layers") or not isinstance(head, nn.Linear):
+        return "it is not made of decoder layers and a linear head, as text models are"
+    if getattr(lm.config, "quantization_config", None):
+        return "its weights are quantized; train the original ones"
+    if any("expert" in name for name, _ in lm.named_parameters()):
+        return "it is a mixture of experts, whose weights a refit does not bring into vLLM"
+    scaled = [key for key in SCALED_LOGITS if getattr(lm.config, key, None) not in (None, 1)]
+    if scaled or head.bias is not None:
+        return f"its logits have {' and '.join(scaled) or 'a bias'}"
+    if vocabulary > len(head.weight):
+        return f"its tokenizer knows {vocabulary} tokens, its head {len(head.weight)}"
+    return ""
+
+
+def fault_of_attention(lm: nn.Module, longest: int) -> str:
+    """What attention or another layer does that `model.packed_attention` does not, or an empty string."""
+    _, asked = run_on_meta(lm)
+    if len(asked) < len(lm.base_model.layers) or any(isinstance(module, nn.Conv1d) for module in lm.modules()):
+        return "it has layers that carry state from token to token, and so from one packed sequence to the next"
+    for given in asked.values():
+        extras = [name for name in ATTENTION_EXTRAS if given.get(name) is not None]
+        window = given.get("sliding_window")
+        if "mask_NN" not in given:
+            return "its layers do not tell their attention which packed tokens belong together"
+        if extras:
+            return f"its attention has {' and '.join(extras)}"
+        if given["query"][-1] != given["value"][-1]:
+            return "its attention has values of another size than its queries"
+        if window and window < longest:
+            return (
+                f"its attention sees {window} tokens only, fewer than policy.max_total_sequence_length={longest}; "
+                "lower that, or use another model"
+            )
+    return ""
+
+
+def fault_of_split(lm: nn.Module, tp: int) -> str:
+    """Why `model.parallelize` would split it wrongly over `tp` ranks, or an empty string.
+
+    The model is run as each rank has it. A module outside the plan that is given a part there, of the heads for
+    instance, would get a gradient of that part alone.
+    """
+    plan, start = lm.config.base_model_tp_plan or {}, f"with policy.dtensor_cfg.tensor_parallel_size={tp} "
+    if not plan:
+        return start + "transformers has no plan for it"
+    if unknown := sorted(set(plan.values()) - SPLIT_AXIS.keys() - OTHER_STYLES):
+        return start + f"its plan in transformers asks for {', '.join(unknown)}"
+    inputs, asked = run_on_meta(lm)
+    heads = {given["key"][1] for given in asked.values()}
+    if any(n % tp for n in heads):
+        return start + f"its {max(heads)} key-value heads cannot be divided"
+    planned = set()
+    for name, module in lm.base_model.named_modules():
+        style = next((style for pattern, style in plan.items() if fnmatch(name, pattern)), None)
+        if style in SPLIT_AXIS:
+            module.weight = nn.Parameter(module.weight.chunk(tp, SPLIT_AXIS[style])[0])
+            if style == "colwise" and module.bias is not None:
+                module.bias = nn.Parameter(module.bias.chunk(tp)[0])
+        if style:
+            planned.add(name)
+    part_inputs, part_asked = run_on_meta(lm)
+    if any(given["query"][1] * tp != asked[name]["query"][1] for name, given in part_asked.items()):
+        return start + "its plan in transformers does not split the attention"
+    for name, shape in part_inputs.items():
+        if shape != inputs[name] and name not in planned:
+            return start + f"its plan in transformers does not say that {name} sees a part on each rank"
+    return ""
+
+
+def run_on_meta(lm: nn.Module) -> tuple[dict[str, torch.Size], dict[str, dict[str, Any]]]:
+    """Run four tokens. Returns, by the module's name, the input's shape of each that has weights of its own, and what
+    each attention was called with."""
+    inputs = {}
+
+    def note(name: str) -> Any:
+        return lambda module, args: inputs.update({name: args[0].shape} if args else {})
+
+    own = [(n, m) for n, m in lm.base_model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in own]
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    mask_NN = torch.ones(4, 4, dtype=torch.bool, device="meta")
+    with torch.no_grad():
+        lm.base_model(input_ids=tokens, position_ids=tokens, use_cache=False, mask_NN=mask_NN)
+    for hook in hooks:
+        hook.remove()
+    return inputs, {name: m.asked for name, m in lm.base_model.named_modules() if hasattr(m, "asked")}
+
+
+def probe(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **given: Any
+) -> tuple[torch.Tensor, None]:
+    """Stands in for `model.packed_attention`, and leaves in the module what it was called with."""
+    module.asked = {"query": query.shape, "key": key.shape, "value": value.shape, **given}
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+AttentionInterface.register("probe", probe)

@@ -94,7 +94,9 @@ class PolicyWorker(WeightSender):
         for shard in self.shards:  # made here, so that a checkpoint before the first step has them too
             moments = {key: torch.zeros_like(shard.detach()) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **moments}
-        self.offer_weights(dict(self.model.lm.named_parameters()))  # a tied head is in there once, as the embedding
+        lm = self.model.lm  # a tied head is in its parameters once, as the embedding
+        stored = lm.state_dict().keys()  # also of buffers: without them an engine would keep random numbers there
+        self.offer_weights(dict(lm.named_parameters()) | {k: v for k, v in lm.named_buffers() if k in stored})
         self.reference = [w.cpu().clone() for w in self.local_weights()] if self.keep_reference else []
         return sum(w.numel() for w in self.weights)
 
@@ -116,6 +118,21 @@ class PolicyWorker(WeightSender):
         self._drop_gradients()
         if logprobs:
             self.logprobs(batch)
+
+    def gap(self, batch: Sequences) -> float:
+        """How far `batch`'s log-probabilities are, in the mean, from those that an update would find.
+
+        An update's own passes are run, since torch.compile has prepared those; each rank takes the whole batch.
+        """
+
+        def loss_fn(
+            logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor, sequence_T: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return logprobs_T.mean(), {"gap": (logprobs_T - rollout_logprobs_T).abs().mean()}
+
+        found = self._gradients([batch], loss_fn, {})
+        self._drop_gradients()
+        return found["gap"].item()
 
     # ---- update
 
@@ -435,6 +452,9 @@ class Policy(Actors):
         for part in self.all("logprobs", ray.put(batch), reference):
             merged |= part
         return [merged[i] for i in range(len(batch))]
+
+    def gap(self, batch: Sequences) -> float:
+        return self._all("gap", batch)[0]
 
     def save(self, folder: str | Path, publish: Callable[[], None]) -> None:
         """Copy the state and start writing it to `folder`; `publish` runs (on rank 0) when all is written."""

@@ -2,23 +2,27 @@
 
 The model is built on the meta device, where tensors have shapes but no numbers, and runs once to show what it asks of
 its attention. What only numbers show is left to `model.self_test`, which runs when the weights are loaded.
-docs/models.md lists the types of transformers that pass both.
+docs/models.md lists the types of transformers that pass both. `check_refit` compares with the engines, once they run.
 """
 
 from fnmatch import fnmatch
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from config import ConfigError, PolicyCfg
+from model import Sequences
 
 SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # in configurations; not computed here
 ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")  # arguments of attention functions; not computed here
 SPLIT_AXIS = {"colwise": 0, "rowwise": 1}  # of a weight, by its style in a tensor-parallel plan
 # Further styles: the first is `model.add_partial_gradients`, the second need not be split.
 OTHER_STYLES = {"replicated_with_grad_allreduce", "embedding_rowwise"}
+# Mean difference of the log-probabilities of engine and policy that rounding may account for, by precision.
+AGREEMENT = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.1}
 
 
 def check_model(cfg: PolicyCfg, vocabulary: int = 0) -> None:
@@ -35,9 +39,34 @@ def check_model(cfg: PolicyCfg, vocabulary: int = 0) -> None:
         if tp > 1 and not why:
             why = fault_of_split(lm, tp)
     except Exception as e:
-        why = f"it does not run on packed sequences ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        why = f"transformers cannot build it, or not run it on packed sequences ({reason})"
     if why:
         raise ConfigError(f"policy.model_name='{name}', a model of type {config.model_type}, is not supported: {why}")
+
+
+def check_refit(cfg: PolicyCfg, policy: Any, engines: Any, vocabulary: int) -> None:
+    """Raise ConfigError if the engines, right after a refit, do not compute what the policy does.
+
+    Each samples answers of one token (any token ends them) to some random prompts; the policy computes the same tokens'
+    log-probabilities. Both differ by rounding where the engines have all the weights, and by far more otherwise.
+    """
+    rng, size = np.random.default_rng(0), min(24, cfg.max_total_sequence_length // 2)
+    prompts = [rng.integers(vocabulary, size=size).tolist() for _ in range(8 * len(engines.workers))]
+    groups = list(engines.generate(prompts, n=1, seed=0, stop_token_ids=list(range(vocabulary))))
+    batch = Sequences(
+        prompt_ids=[np.array(prompts[group.index]) for group in groups],
+        response_ids=[group.response_ids[0] for group in groups],
+        per_token={"rollout_logprobs_T": [group.rollout_logprobs[0] for group in groups]},
+        per_sequence={},
+    )
+    gap, most = policy.gap(batch) * min(1, cfg.generation.temperature), AGREEMENT[cfg.precision]
+    if not gap < most:
+        raise ConfigError(
+            f"policy.model_name='{cfg.model_name}' cannot be trained: after a refit log-probabilities in vLLM and in "
+            f"the trainer differ by {gap:.2g} in the mean, more than by rounding ({most}); vLLM computes this type of "
+            "model differently, or does not take all of its weights"
+        )
 
 
 def fault_of_parts(lm: nn.Module, vocabulary: int) -> str:
@@ -61,7 +90,7 @@ def fault_of_attention(lm: nn.Module, longest: int) -> str:
     """What attention or another layer does that `model.packed_attention` does not, or an empty string."""
     _, asked = run_on_meta(lm)
     if len(asked) < len(lm.base_model.layers) or any(isinstance(module, nn.Conv1d) for module in lm.modules()):
-        return "it has layers that carry state from token to token, and so from one packed sequence to the next"
+        return "not all of its layers are attention that keeps packed sequences apart; some may carry state along"
     for given in asked.values():
         extras = [name for name in ATTENTION_EXTRAS if given.get(name) is not None]
         window = given.get("sliding_window")

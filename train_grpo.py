@@ -44,6 +44,7 @@ from policy import STEP_FACTS, Policy
 from reward_client import VERIFIED, RewardClient
 from rollout import Group, RolloutEngines
 from rows import Rows, end_of_sequence_ids, load_tokenizer
+from supported import check_model, check_refit
 
 # ---------------------------------------------------------------- the algorithm
 
@@ -555,6 +556,7 @@ def start(cfg: Config) -> Run:
     last = checkpoints.position
     log = Logger(cfg, last.step, checkpoints.wandb_id)
     tokenizer = load_tokenizer(cfg.policy.model_name)
+    check_model(cfg.policy, len(tokenizer))
     with log.phase("start"), stop.interruptible(), ExitStack() as on_error:
         placement = start_ray(cfg, stop)
         rewards = RewardClient(cfg.env, cfg.logger.log_dir)
@@ -591,6 +593,7 @@ def start(cfg: Config) -> Run:
         checkpoints.restore(policy)
         engines.connect(policy.workers)
         engines.refit()
+        check_refit(cfg.policy, policy, engines, len(tokenizer))
         on_error.pop_all()
     return run
 

@@ -21,6 +21,8 @@ ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")  # arguments of attenti
 SPLIT_AXIS = {"colwise": 0, "rowwise": 1}  # of a weight, by its style in a tensor-parallel plan
 # Further styles: the first is `model.add_partial_gradients`, the second need not be split.
 OTHER_STYLES = {"replicated_with_grad_allreduce", "embedding_rowwise"}
+Inputs = dict[str, torch.Size]  # by the name of each module that has weights of its own: the shape of its input
+Asked = dict[str, dict[str, Any]]  # by the name of each attention: what it was called with
 # Mean difference of the log-probabilities of engine and policy that rounding may account for, by precision.
 AGREEMENT = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.1}
 
@@ -35,9 +37,12 @@ def check_model(cfg: PolicyCfg, vocabulary: int = 0) -> None:
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, attn_implementation="probe")
-        why = fault_of_parts(lm, vocabulary) or fault_of_attention(lm, cfg.max_total_sequence_length)
-        if tp > 1 and not why:
-            why = fault_of_split(lm, tp)
+        why = fault_of_parts(lm, vocabulary)
+        if not why:
+            inputs, asked = run_on_meta(lm)
+            why = fault_of_attention(lm, asked, cfg.max_total_sequence_length)
+        if not why and tp > 1:
+            why = fault_of_split(lm, inputs, asked, tp)
     except Exception as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         why = f"transformers cannot build it, or not run it on packed sequences ({reason})"
@@ -86,9 +91,8 @@ def fault_of_parts(lm: nn.Module, vocabulary: int) -> str:
     return ""
 
 
-def fault_of_attention(lm: nn.Module, longest: int) -> str:
+def fault_of_attention(lm: nn.Module, asked: Asked, longest: int) -> str:
     """What attention or another layer does that `model.packed_attention` does not, or an empty string."""
-    _, asked = run_on_meta(lm)
     if len(asked) < len(lm.base_model.layers) or any(isinstance(module, nn.Conv1d) for module in lm.modules()):
         return "not all of its layers are attention that keeps packed sequences apart; some may carry state along"
     for given in asked.values():
@@ -108,7 +112,7 @@ def fault_of_attention(lm: nn.Module, longest: int) -> str:
     return ""
 
 
-def fault_of_split(lm: nn.Module, tp: int) -> str:
+def fault_of_split(lm: nn.Module, inputs: Inputs, asked: Asked, tp: int) -> str:
     """Why `model.parallelize` would split it wrongly over `tp` ranks, or an empty string.
 
     The model is run as each rank has it. A module outside the plan that is given a part there, of the heads for
@@ -119,8 +123,7 @@ def fault_of_split(lm: nn.Module, tp: int) -> str:
         return start + "transformers has no plan for it"
     if unknown := sorted(set(plan.values()) - SPLIT_AXIS.keys() - OTHER_STYLES):
         return start + f"its plan in transformers asks for {', '.join(unknown)}"
-    inputs, asked = run_on_meta(lm)
-    heads = {given["key"][1] for given in asked.values()}
+    heads = [given["key"][1] for given in asked.values()]
     if any(n % tp for n in heads):
         return start + f"its {max(heads)} key-value heads cannot be divided"
     planned = set()
@@ -141,9 +144,8 @@ def fault_of_split(lm: nn.Module, tp: int) -> str:
     return ""
 
 
-def run_on_meta(lm: nn.Module) -> tuple[dict[str, torch.Size], dict[str, dict[str, Any]]]:
-    """Run four tokens. Returns, by the module's name, the input's shape of each that has weights of its own, and what
-    each attention was called with."""
+def run_on_meta(lm: nn.Module) -> tuple[Inputs, Asked]:
+    """Run four tokens."""
     inputs = {}
 
     def note(name: str) -> Any:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from config import ConfigError, PolicyCfg
+from hardware import Shape
 from model import Sequences
 
 SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # in configurations; not computed here
@@ -39,13 +40,14 @@ def check_model(cfg: PolicyCfg, vocabulary: int = 0) -> None:
             lm = AutoModelForCausalLM.from_config(config, attn_implementation="probe")
         why = fault_of_parts(lm, vocabulary)
         if not why:
+            Shape.of(name)  # a start needs it, too
             inputs, asked = run_on_meta(lm)
             why = fault_of_attention(lm, asked, cfg.max_total_sequence_length)
         if not why and tp > 1:
             why = fault_of_split(lm, inputs, asked, tp)
     except Exception as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        why = f"transformers cannot build it, or not run it on packed sequences ({reason})"
+        why = f"it cannot be built, measured, or run on packed sequences ({reason})"
     if why:
         raise ConfigError(f"policy.model_name='{name}', a model of type {config.model_type}, is not supported: {why}")
 

@@ -100,8 +100,8 @@ class PolicyWorker(WeightSender):
         self.reference = [w.cpu().clone() for w in self.local_weights()] if self.keep_reference else []
         return sum(w.numel() for w in self.weights)
 
-    def warm_up(self, tokens: int, logprobs: bool) -> None:
-        """Run all of an update but its optimizer step on made-up sequences; with `logprobs` also without gradient.
+    def warm_up(self, tokens: int) -> None:
+        """Run all of an update but its optimizer step on made-up sequences, and a pass without gradient.
 
         torch.compile and NCCL then do their first-time work while the engines are still loading, not in the first step.
         """
@@ -116,23 +116,7 @@ class PolicyWorker(WeightSender):
         clip_gradients(self.weights, self.cfg.max_grad_norm, self.loss_scale)
         reduce_metrics(totals, self.mesh["dp"].get_group())
         self._drop_gradients()
-        if logprobs:
-            self.logprobs(batch)
-
-    def gap(self, batch: Sequences) -> float:
-        """How far `batch`'s log-probabilities are, in the mean, from those that an update would find.
-
-        An update's own passes are run, since torch.compile has prepared those; each rank takes the whole batch.
-        """
-
-        def loss_fn(
-            logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor, sequence_T: torch.Tensor
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return logprobs_T.mean(), {"gap": (logprobs_T - rollout_logprobs_T).abs().mean()}
-
-        found = self._gradients([batch], loss_fn, {})
-        self._drop_gradients()
-        return found["gap"].item()
+        self.logprobs(batch)
 
     # ---- update
 
@@ -422,7 +406,6 @@ class Policy(Actors):
         # This fusion in torch.compile guards on the number of tokens: some micro-batches would compile layers again.
         env = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"}
         super().__init__(PolicyWorker, arguments, cfg, placement, cfg.policy_bundles, share, env)
-        self.logprobs_too = keep_reference or cfg.policy.train_global_batch_size < cfg.samples_per_step
         self._loss_fn: Callable | None = None
         self._loss_ref: ray.ObjectRef | None = None
 
@@ -432,7 +415,7 @@ class Policy(Actors):
         loaded = [w.setup.remote(address) for w in self.workers]
         if not self.on_gpu:
             return loaded
-        return loaded + [w.warm_up.remote(WARM_UP_TOKENS, self.logprobs_too) for w in self.workers]
+        return loaded + [w.warm_up.remote(WARM_UP_TOKENS) for w in self.workers]
 
     def gpu(self) -> tuple[str, int]:
         """Name and bytes of the GPU of rank 0; can be asked before `start`."""
@@ -452,9 +435,6 @@ class Policy(Actors):
         for part in self.all("logprobs", ray.put(batch), reference):
             merged |= part
         return [merged[i] for i in range(len(batch))]
-
-    def gap(self, batch: Sequences) -> float:
-        return self._all("gap", batch)[0]
 
     def save(self, folder: str | Path, publish: Callable[[], None]) -> None:
         """Copy the state and start writing it to `folder`; `publish` runs (on rank 0) when all is written."""

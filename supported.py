@@ -19,11 +19,7 @@ from model import Sequences
 
 SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # in configurations; not computed here
 ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")  # arguments of attention functions; not computed here
-SPLIT_AXIS = {"colwise": 0, "rowwise": 1}  # of a weight, by its style in a tensor-parallel plan
-# Further styles: the first is `model.add_partial_gradients`, the second need not be split.
-OTHER_STYLES = {"replicated_with_grad_allreduce", "embedding_rowwise"}
-Inputs = dict[str, torch.Size]  # by the name of each module that has weights of its own: the shape of its input
-Asked = dict[str, dict[str, Any]]  # by the name of each attention: what it was called with
+TP_STYLES = ("colwise", "rowwise", "replicated_with_grad_allreduce")  # what model.py does of a tensor-parallel plan
 # Mean difference of the log-probabilities of engine and policy that rounding may account for, by precision.
 AGREEMENT = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.1}
 
@@ -38,13 +34,13 @@ def check_model(cfg: PolicyCfg, vocabulary: int = 0) -> None:
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, attn_implementation="probe")
-        why = fault_of_parts(lm, vocabulary)
+        why = (
+            fault_of_parts(lm, vocabulary)
+            or fault_of_attention(lm, cfg.max_total_sequence_length)
+            or (tp > 1 and fault_of_split(lm, tp))
+        )
         if not why:
             Shape.of(name)  # a start needs it, too
-            inputs, asked = run_on_meta(lm)
-            why = fault_of_attention(lm, asked, cfg.max_total_sequence_length)
-        if not why and tp > 1:
-            why = fault_of_split(lm, inputs, asked, tp)
     except Exception as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         why = f"it cannot be built, measured, or run on packed sequences ({reason})"
@@ -67,7 +63,8 @@ def check_refit(cfg: PolicyCfg, policy: Any, engines: Any, vocabulary: int) -> N
         per_token={"rollout_logprobs_T": [group.rollout_logprobs[0] for group in groups]},
         per_sequence={},
     )
-    gap, most = policy.gap(batch) * min(1, cfg.generation.temperature), AGREEMENT[cfg.precision]
+    ours, theirs = np.concatenate(policy.logprobs(batch)), np.concatenate(batch.per_token["rollout_logprobs_T"])
+    gap, most = np.abs(ours - theirs).mean() * min(1, cfg.generation.temperature), AGREEMENT[cfg.precision]
     if not gap < most:
         raise ConfigError(
             f"policy.model_name='{cfg.model_name}' cannot be trained: after a refit log-probabilities in vLLM and in "
@@ -93,11 +90,16 @@ def fault_of_parts(lm: nn.Module, vocabulary: int) -> str:
     return ""
 
 
-def fault_of_attention(lm: nn.Module, asked: Asked, longest: int) -> str:
+def fault_of_attention(lm: nn.Module, longest: int) -> str:
     """What attention or another layer does that `model.packed_attention` does not, or an empty string."""
+    tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    mask_NN = torch.ones(4, 4, dtype=torch.bool, device="meta")
+    with torch.no_grad():
+        lm.base_model(input_ids=tokens, position_ids=tokens, use_cache=False, mask_NN=mask_NN)
+    asked = [module.asked for module in lm.modules() if hasattr(module, "asked")]
     if len(asked) < len(lm.base_model.layers) or any(isinstance(module, nn.Conv1d) for module in lm.modules()):
         return "not all of its layers are attention that keeps packed sequences apart; some may carry state along"
-    for given in asked.values():
+    for given in asked:
         extras = [name for name in ATTENTION_EXTRAS if given.get(name) is not None]
         window = given.get("sliding_window")
         if "mask_NN" not in given:
@@ -114,54 +116,23 @@ def fault_of_attention(lm: nn.Module, asked: Asked, longest: int) -> str:
     return ""
 
 
-def fault_of_split(lm: nn.Module, inputs: Inputs, asked: Asked, tp: int) -> str:
-    """Why `model.parallelize` would split it wrongly over `tp` ranks, or an empty string.
+def fault_of_split(lm: nn.Module, tp: int) -> str:
+    """What `model.parallelize` would not split rightly over `tp` ranks, or an empty string.
 
-    The model is run as each rank has it. A module outside the plan that is given a part there, of the heads for
-    instance, would get a gradient of that part alone.
+    A weight per hidden unit, of a norm, sees whole hidden states on every rank. Any other that the plan does not name
+    would be computed by all ranks alike, or see a part of the heads or units only and get that part's gradient.
     """
-    plan, start = lm.config.base_model_tp_plan or {}, f"with policy.dtensor_cfg.tensor_parallel_size={tp} "
-    if not plan:
-        return start + "transformers has no plan for it"
-    if unknown := sorted(set(plan.values()) - SPLIT_AXIS.keys() - OTHER_STYLES):
-        return start + f"its plan in transformers asks for {', '.join(unknown)}"
-    heads = [given["key"][1] for given in asked.values()]
+    start, plan = f"with policy.dtensor_cfg.tensor_parallel_size={tp} ", lm.config.base_model_tp_plan or {}
+    heads = {module.asked["key"][1] for module in lm.modules() if hasattr(module, "asked")}
     if any(n % tp for n in heads):
         return start + f"its {max(heads)} key-value heads cannot be divided"
-    planned = set()
-    for name, module in lm.base_model.named_modules():
-        style = next((style for pattern, style in plan.items() if fnmatch(name, pattern)), None)
-        if style in SPLIT_AXIS:
-            module.weight = nn.Parameter(module.weight.chunk(tp, SPLIT_AXIS[style])[0])
-            if style == "colwise" and module.bias is not None:
-                module.bias = nn.Parameter(module.bias.chunk(tp)[0])
-        if style:
-            planned.add(name)
-    part_inputs, part_asked = run_on_meta(lm)
-    if any(given["query"][1] * tp != asked[name]["query"][1] for name, given in part_asked.items()):
-        return start + "its plan in transformers does not split the attention"
-    for name, shape in part_inputs.items():
-        if shape != inputs[name] and name not in planned:
-            return start + f"its plan in transformers does not say that {name} sees a part on each rank"
+    planned = [pattern for pattern, style in plan.items() if style in TP_STYLES]
+    for name, weight in lm.base_model.layers.named_parameters(prefix="layers"):
+        module = name.rpartition(".")[0]
+        if weight.shape != (lm.config.hidden_size,) and not any(fnmatch(module, pattern) for pattern in planned):
+            style = next((style for pattern, style in plan.items() if fnmatch(module, pattern)), "none")
+            return start + f"its plan in transformers has no style for {module} that is known here ({style})"
     return ""
-
-
-def run_on_meta(lm: nn.Module) -> tuple[Inputs, Asked]:
-    """Run four tokens."""
-    inputs = {}
-
-    def note(name: str) -> Any:
-        return lambda module, args: inputs.update({name: args[0].shape} if args else {})
-
-    own = [(n, m) for n, m in lm.base_model.named_modules() if any(True for _ in m.parameters(recurse=False))]
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in own]
-    tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
-    mask_NN = torch.ones(4, 4, dtype=torch.bool, device="meta")
-    with torch.no_grad():
-        lm.base_model(input_ids=tokens, position_ids=tokens, use_cache=False, mask_NN=mask_NN)
-    for hook in hooks:
-        hook.remove()
-    return inputs, {name: m.asked for name, m in lm.base_model.named_modules() if hasattr(m, "asked")}
 
 
 def probe(

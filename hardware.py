@@ -58,7 +58,7 @@ class Shape:
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             attention=config.num_attention_heads * head_dim,
-            kv=config.num_key_value_heads * head_dim,
+            kv=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim,
             intermediate=config.intermediate_size,
             layer_weights=sum(p.numel() for p in lm.base_model.layers.parameters()),
             head_weights=lm.lm_head.weight.numel(),

@@ -232,7 +232,8 @@ def explain(error: BaseException) -> str:
         return f"a GPU ran out of memory (checkpoints are intact): {OUT_OF_MEMORY_ADVICE}"
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
         if "creation task" in str(error):  # the text is a trace whose last line says what was wrong
-            return f"a policy or rollout actor could not start: {str(error).strip().splitlines()[-1][:300]}"
+            trace = str(error).split("For further information visit")[0]  # pydantic's last line
+            return f"a policy or rollout actor could not start: {trace.strip().splitlines()[-1].strip()[:300]}"
         reason = " ".join(str(error).split())[:300]
         return f"a policy or rollout actor died, the run cannot go on (checkpoints are intact): {reason}"
     if isinstance(error, ray.exceptions.GetTimeoutError):
@@ -260,7 +261,7 @@ def run_main(function: Callable[[], Any]) -> None:
     try:
         function()
     except (ConfigError, RunError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {getattr(e, 'cause', e)}")  # Ray adds a traceback to what an actor raised
     except Stopped as e:
         print(f"stopped by {e}; the same command continues from what was saved", file=sys.stderr, flush=True)
         sys.exit(STOPPED)

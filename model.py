@@ -24,9 +24,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from attention import SharedAttention
-from config import PolicyCfg
+from config import ConfigError, PolicyCfg
 
 GROUP_WEIGHTS = 1 << 27  # FSDP gathers and reduces decoder layers with at most so many weights together
+ROUNDING = 1e-3  # float32 log-probabilities of the same tokens, computed in two ways, are closer than that
 HEAD_CHUNK = 4096  # the LM head computes this many response tokens at a time: float32 logits [HEAD_CHUNK, vocabulary]
 
 
@@ -221,18 +222,14 @@ def packed_attention(
     cu_answers: torch.Tensor | None = None,
     prompt_tokens: int = 0,
     max_seqlen: int = 0,
-    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within sequences, as Hugging Face calls it. query [1, heads, N, head_dim] to [1, N, heads, head_dim].
 
     With `mask_NN` torch computes all N x N scores: right for the CPU's short batches and for float32. Otherwise the
-    kernels of attention.py skip what is masked, see `attention_layout` for their arguments.
+    kernels of attention.py skip what is masked, see `attention_layout` for their arguments. `supported.py` has refused
+    models that ask for anything else, such as a sliding window.
     """
-    if sliding_window is not None:
-        raise NotImplementedError(
-            f"{type(module).__name__} has sliding-window attention, which packing does not do yet"
-        )
     if mask_NN is not None:
         gqa = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, mask_NN, scale=scaling, enable_gqa=gqa)
@@ -378,31 +375,28 @@ class LogprobModel(nn.Module):
 
     def forward(self, mb: MicroBatch, temperature: float) -> torch.Tensor:
         """Log-probabilities [T] of `mb.target_T` in float32, after temperature."""
-        hidden = self.lm.base_model(
-            input_ids=mb.input_ids_N[None],
-            position_ids=mb.position_ids_N[None],
-            use_cache=False,
-            **mb.attention,
-        ).last_hidden_state[0]  # [N, hidden]
-        hidden = hidden[mb.predict_T]  # [T, hidden]: the LM head runs on response tokens only
         keep = self.keep_logits and torch.is_grad_enabled()
+        hidden = packed_hidden(self.lm, mb)
         return TokenLogprobs.apply(hidden, self.lm.lm_head.weight, mb.target_T, temperature, keep)
+
+
+def packed_hidden(lm: nn.Module, mb: MicroBatch) -> torch.Tensor:
+    """The last hidden states that response tokens are predicted from [T, hidden]: the LM head runs on those only."""
+    places = {"input_ids": mb.input_ids_N[None], "position_ids": mb.position_ids_N[None]}
+    hidden = lm.base_model(**places, use_cache=False, **mb.attention).last_hidden_state[0]  # [N, hidden]
+    return hidden[mb.predict_T]
 
 
 def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel:
     """Load `cfg.model_name` in float32 and shard it: tensor parallel over mesh["tp"], FSDP2 over mesh["dp"]."""
     lm = AutoModelForCausalLM.from_pretrained(cfg.model_name, dtype=torch.float32, attn_implementation="packed")
-    scaled = [k for k in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(lm.config, k, None)]
-    if scaled or lm.lm_head.bias is not None:
-        raise NotImplementedError(
-            f"{cfg.model_name}: logits with {scaled or 'a bias'} are not what LogprobModel computes"
-        )
     # An embedding gives no gradient to its padding token. Nothing is padded here, and where that token is also the end
     # token, the model would never learn from the ends that it reads.
     lm.get_input_embeddings().padding_idx = None
     switch_off_dropout(lm)
     d = cfg.dtensor_cfg
     lm.to(device if not d.cpu_offload else "cpu").train()  # gradient checkpointing is for training mode alone
+    self_test(lm)
     if mesh["tp"].size() > 1:
         parallelize(lm, mesh["tp"])
     if d.activation_checkpointing:
@@ -428,6 +422,36 @@ def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel
     return model
 
 
+@torch.no_grad()
+def self_test(lm: nn.Module) -> None:
+    """Raise ConfigError if packed sequences do not get the log-probabilities that each of them has alone.
+
+    A layer that carries state from token to token would mix the sequences of a pack, for instance. Alone means Hugging
+    Face's own forward pass with its own attention and head, in float32, so that other differences are found too.
+    """
+    rng, head = np.random.default_rng(0), lm.lm_head.weight
+    drawn = [rng.integers(len(head), size=n) for n in (7, 6, 3, 4, 5)]
+    batch = Sequences([drawn[0], drawn[0], drawn[3]], [drawn[1], drawn[2], drawn[4]], {}, {})
+    mb = MicroBatch.build(batch, head.device)
+    packed_TV = packed_hidden(lm, mb) @ head.t()
+    lm.set_attn_implementation("eager")
+    alone_TV = []
+    for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True):
+        ids = torch.as_tensor(np.concatenate([prompt, response]), device=head.device)
+        alone_TV.append(lm(ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1])
+    lm.set_attn_implementation("packed")
+
+    def logprobs(logits_TV: torch.Tensor) -> torch.Tensor:
+        return logits_TV.log_softmax(-1).gather(-1, mb.target_T[:, None])
+
+    gap = (logprobs(packed_TV) - logprobs(torch.cat(alone_TV))).abs().max().item()
+    if not gap < ROUNDING:
+        raise ConfigError(
+            f"a model of type {lm.config.model_type} cannot be trained here: log-probabilities of sequences packed and "
+            f"alone differ by {gap:.2g}, more than by rounding ({ROUNDING})"
+        )
+
+
 def switch_off_dropout(lm: nn.Module) -> None:
     """With dropout the same weights would give other log-probabilities in each pass, and ratios that mean nothing.
 
@@ -442,12 +466,7 @@ def switch_off_dropout(lm: nn.Module) -> None:
 
 
 def parallelize(lm: nn.Module, mesh: Any) -> None:
-    """Tensor parallel by the plan in the Hugging Face configuration. Raises ValueError if heads do not divide."""
-    heads = lm.config.num_key_value_heads
-    if heads % mesh.size():
-        raise ValueError(
-            f"policy.dtensor_cfg.tensor_parallel_size={mesh.size()} does not divide {heads} key-value heads"
-        )
+    """Tensor parallel by the plan in the Hugging Face configuration, which supported.py has looked at."""
     styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
     plan = lm.config.base_model_tp_plan
     parallelize_module(lm.base_model, mesh, {name: styles[s]() for name, s in plan.items() if s in styles})

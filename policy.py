@@ -94,12 +94,14 @@ class PolicyWorker(WeightSender):
         for shard in self.shards:  # made here, so that a checkpoint before the first step has them too
             moments = {key: torch.zeros_like(shard.detach()) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **moments}
-        self.offer_weights(dict(self.model.lm.named_parameters()))  # a tied head is in there once, as the embedding
+        lm = self.model.lm  # a tied head is in its parameters once, as the embedding
+        stored = lm.state_dict().keys()  # also of buffers: without them an engine would keep random numbers there
+        self.offer_weights(dict(lm.named_parameters()) | {k: v for k, v in lm.named_buffers() if k in stored})
         self.reference = [w.cpu().clone() for w in self.local_weights()] if self.keep_reference else []
         return sum(w.numel() for w in self.weights)
 
-    def warm_up(self, tokens: int, logprobs: bool) -> None:
-        """Run all of an update but its optimizer step on made-up sequences; with `logprobs` also without gradient.
+    def warm_up(self, tokens: int) -> None:
+        """Run all of an update but its optimizer step on made-up sequences, and a pass without gradient.
 
         torch.compile and NCCL then do their first-time work while the engines are still loading, not in the first step.
         """
@@ -114,8 +116,7 @@ class PolicyWorker(WeightSender):
         clip_gradients(self.weights, self.cfg.max_grad_norm, self.loss_scale)
         reduce_metrics(totals, self.mesh["dp"].get_group())
         self._drop_gradients()
-        if logprobs:
-            self.logprobs(batch)
+        self.logprobs(batch)
 
     # ---- update
 
@@ -405,7 +406,6 @@ class Policy(Actors):
         # This fusion in torch.compile guards on the number of tokens: some micro-batches would compile layers again.
         env = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"}
         super().__init__(PolicyWorker, arguments, cfg, placement, cfg.policy_bundles, share, env)
-        self.logprobs_too = keep_reference or cfg.policy.train_global_batch_size < cfg.samples_per_step
         self._loss_fn: Callable | None = None
         self._loss_ref: ray.ObjectRef | None = None
 
@@ -415,7 +415,7 @@ class Policy(Actors):
         loaded = [w.setup.remote(address) for w in self.workers]
         if not self.on_gpu:
             return loaded
-        return loaded + [w.warm_up.remote(WARM_UP_TOKENS, self.logprobs_too) for w in self.workers]
+        return loaded + [w.warm_up.remote(WARM_UP_TOKENS) for w in self.workers]
 
     def gpu(self) -> tuple[str, int]:
         """Name and bytes of the GPU of rank 0; can be asked before `start`."""

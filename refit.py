@@ -18,7 +18,6 @@ from typing import Any, Literal
 import ray
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
@@ -34,7 +33,7 @@ def route(device: str, colocated: bool) -> Route:
     return "ipc" if device == "cuda" else "object store"
 
 
-def split_into_buckets(weights: dict[str, nn.Parameter], itemsize: int) -> Buckets:
+def split_into_buckets(weights: dict[str, torch.Tensor], itemsize: int) -> Buckets:
     """Group weights, in their order, into buckets of about BUCKET_BYTES. `itemsize`: bytes of a number on its way."""
     buckets: Buckets = [[]]
     size = 0
@@ -101,7 +100,7 @@ class WeightSender(Refitting):
 
     rank: int
 
-    def offer_weights(self, weights: dict[str, nn.Parameter]) -> None:
+    def offer_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """From now on `weights` (by Hugging Face name, sharded or not) can be sent."""
         self.offered, self.buckets = weights, split_into_buckets(weights, self.dtype.itemsize)
 

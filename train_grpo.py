@@ -44,6 +44,7 @@ from policy import STEP_FACTS, Policy
 from reward_client import VERIFIED, RewardClient
 from rollout import Group, RolloutEngines
 from rows import Rows, end_of_sequence_ids, load_tokenizer
+from supported import check_model, check_refit
 
 # ---------------------------------------------------------------- the algorithm
 
@@ -557,6 +558,7 @@ def start(cfg: Config) -> Run:
     log = Logger(cfg, last.step, checkpoints.wandb_id)
     template = (cfg.data.chat_template, cfg.data.chat_template_kwargs)
     tokenizer = load_tokenizer(cfg.policy.model_name, "policy.model_name", *template)
+    check_model(cfg.policy, len(tokenizer))
     with log.phase("start"), stop.interruptible(), ExitStack() as on_error:
         placement = start_ray(cfg, stop)
         rewards = RewardClient(cfg.env, cfg.logger.log_dir)
@@ -593,6 +595,7 @@ def start(cfg: Config) -> Run:
         checkpoints.restore(policy)
         engines.connect(policy.workers)
         engines.refit()
+        check_refit(cfg.policy, policy, engines, len(tokenizer))
         on_error.pop_all()
     return run
 

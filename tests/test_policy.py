@@ -345,7 +345,7 @@ def test_gradients_are_clipped_together_and_warming_up_leaves_nothing_behind(con
     worker.setup(free_address())
     try:
         params, weights = list(worker.model.parameters()), [whole(p).clone() for p in worker.model.parameters()]
-        worker.warm_up(tokens=24, logprobs=True)
+        worker.warm_up(tokens=24)
         assert all(p.grad is None and torch.equal(whole(p), w) for p, w in zip(params, weights, strict=True))
         torch.manual_seed(0)
         for p in params:

@@ -10,13 +10,14 @@ import torch
 from conftest import ROOT
 
 import refit
-from config import load_config
+from config import ConfigError, load_config
 from hardware import Shape, not_for_kv_cache
 from launch import StopRequests, explain, start_ray
 from model import Sequences
 from policy import Policy
 from refit import Link, WeightReceiver, WeightSender
 from rollout import RolloutEngines
+from supported import check_refit
 from train_grpo import grpo_loss
 
 GPU = pytest.param(1, marks=pytest.mark.gpu)
@@ -112,6 +113,11 @@ def test_engine_agrees_with_policy_after_refit(pair, gpus, setting, untied_model
         stale = mismatch(policy, before)[0]
         engines.refit()
     assert stale > 0.05  # the update did move the weights, so agreement is the refit's work
+    check_refit(cfg.policy, policy, engines, vocabulary=200)
+    if cfg.policy.precision == "float32":
+        policy.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts})
+        with pytest.raises(ConfigError, match="in vLLM and in the trainer differ by"):
+            check_refit(cfg.policy, policy, engines, vocabulary=200)
 
     def another(logprobs_T: torch.Tensor, **_) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return logprobs_T.sum() * 0, {"loss": logprobs_T.new_tensor(7.0)}

@@ -139,9 +139,14 @@ def row_lines(answers: list[dict]) -> str:
 # ---------------------------------------------------------------- the run
 
 
-def configure(args: argparse.Namespace) -> Config:
-    """The engines' configuration: one per GPU, in the precision and within the length that the model was saved with."""
+def configure(args: argparse.Namespace, tokens: int) -> Config:
+    """The engines' configuration: one per GPU, in the precision and within the length that the model was saved with.
+
+    `tokens`: how many the tokenizer knows. Raises ConfigError if the model knows fewer.
+    """
     gpus, model = torch.cuda.device_count(), AutoConfig.from_pretrained(args.model)
+    if tokens > getattr(model, "vocab_size", tokens):
+        raise ConfigError(f"--model='{args.model}': its tokenizer knows {tokens} tokens, it {model.vocab_size}")
     engines = args.engines or max(1, gpus)
     precision = str(model.dtype).removeprefix("torch.")
     if precision not in ("bfloat16", "float16", "float32"):
@@ -159,7 +164,7 @@ def configure(args: argparse.Namespace) -> Config:
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """Sample and score the rows that are missing, then summarize all. Returns the metrics."""
     tokenizer = load_tokenizer(args.model, "--model", args.chat_template, args.chat_template_kwargs)
-    cfg = configure(args)
+    stop_ids, cfg = end_of_sequence_ids(args.model, tokenizer), configure(args, len(tokenizer))
     data = Rows(args.data, tokenizer, cfg.policy.max_total_sequence_length)
     check_settings(args.output, settings_of(args))
     samples = args.output / "samples.jsonl"
@@ -171,7 +176,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     if missing:
         stop = StopRequests(None)
         with stop.interruptible():
-            add_rows(args, cfg, tokenizer, data, missing, stop)
+            add_rows(args, cfg, tokenizer, stop_ids, data, missing, stop)
         done = finished_rows(samples, args.k)
     metrics = summarize([done[row] for row in wanted], args.k)
     report(metrics)
@@ -181,7 +186,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
 
 
 def add_rows(
-    args: argparse.Namespace, cfg: Config, tokenizer: Any, data: Rows, rows: list[int], stop: StopRequests
+    args: argparse.Namespace,
+    cfg: Config,
+    tokenizer: Any,
+    stop_ids: list[int],
+    data: Rows,
+    rows: list[int],
+    stop: StopRequests,
 ) -> None:
     """Append `k` scored answers to each of `rows` to samples.jsonl, as they come."""
     pending: deque[tuple[list[dict], Future]] = deque()  # answers to one row each, and their verdicts
@@ -189,7 +200,7 @@ def add_rows(
     rewards = RewardClient(Env(reward_url=args.reward_url, reward_workers=os.cpu_count() or 2), args.output)
     try:
         engines = RolloutEngines(cfg, start_ray(cfg, stop), model_name=args.model)
-        prompts, stop_ids = [data.prompt_ids[row] for row in rows], end_of_sequence_ids(args.model, tokenizer)
+        prompts = [data.prompt_ids[row] for row in rows]
         groups = engines.generate(prompts, args.k, seeds, stop_ids, args.temperature)
         with (args.output / "samples.jsonl").open("a") as file:
 

@@ -2,8 +2,8 @@
 
 A floor is a lower bound that somebody could reach: a group's prompt is computed and read once for all its answers,
 arithmetic and memory traffic overlap fully, and weights, keys and values are bfloat16. Nothing here is timed;
-`Limits.utilization` divides floors by what the logger timed. It is for dense decoder models: what a mixture of experts
-reads depends on its routing, so nothing is claimed about one.
+`Limits.utilization` divides floors by what the logger timed. It is for dense decoder models, the only ones that are
+trained here.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,6 @@ class Shape:
     layer_weights: int  # in all decoder layers: each is used once per token
     head_weights: int  # vocabulary x hidden
     total_weights: int  # a tied head counted once
-    dense: bool = True  # no mixture of experts
 
     @property
     def outside_layers(self) -> int:
@@ -63,7 +62,6 @@ class Shape:
             layer_weights=sum(p.numel() for p in lm.base_model.layers.parameters()),
             head_weights=lm.lm_head.weight.numel(),
             total_weights=sum(p.numel() for p in lm.parameters()),
-            dense="expert" not in str(config.to_dict()),  # num_experts, n_routed_experts, num_local_experts, ...
         )
 
 
@@ -107,8 +105,8 @@ class Limits:
     """The floors of a run's steps and how near they come, for one kind of device."""
 
     def __init__(self, cfg: Config, shape: Shape, device_name: str):
-        """Where peaks are not known (the CPU), and for a mixture of experts, every method gives nothing."""
-        known = [peaks for name, peaks in PEAKS.items() if name in device_name and shape.dense]
+        """Where peaks are not known (the CPU) every method gives nothing."""
+        known = [peaks for name, peaks in PEAKS.items() if name in device_name]
         self.shape, self.peaks = shape, known[0] if known else None
         self.engines_per_gpu = cfg.policy.generation.engines_per_gpu
         self.policy_gpus, self.engine_gpus = cfg.world_size, len(set(cfg.engine_bundles))

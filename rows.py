@@ -163,7 +163,10 @@ def add_template_options(parser: argparse.ArgumentParser) -> None:
 
 
 def end_of_sequence_ids(model_name: str, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, and those of the model's generation configuration."""
+    """Every token that ends an answer: the tokenizer's, and those of the model's generation configuration.
+
+    Raises ConfigError if there is none.
+    """
     from transformers import GenerationConfig
 
     ids = {tokenizer.eos_token_id}
@@ -172,7 +175,9 @@ def end_of_sequence_ids(model_name: str, tokenizer: Any) -> list[int]:
     except OSError:
         configured = None
     ids |= set(configured if isinstance(configured, list) else [configured])
-    return sorted(i for i in ids if i is not None)
+    if ids == {None}:
+        raise ConfigError(f"'{model_name}' has no end token: set eos_token_id in its generation_config.json")
+    return sorted(ids - {None})
 
 
 def contents(path: str | None) -> str | None:

@@ -558,6 +558,7 @@ def start(cfg: Config) -> Run:
     log = Logger(cfg, last.step, checkpoints.wandb_id)
     template = (cfg.data.chat_template, cfg.data.chat_template_kwargs)
     tokenizer = load_tokenizer(cfg.policy.model_name, "policy.model_name", *template)
+    stop_token_ids = end_of_sequence_ids(cfg.policy.model_name, tokenizer)
     check_model(cfg.policy, len(tokenizer))
     with log.phase("start"), stop.interruptible(), ExitStack() as on_error:
         placement = start_ray(cfg, stop)
@@ -576,7 +577,7 @@ def start(cfg: Config) -> Run:
             cfg=cfg,
             log=log,
             tokenizer=tokenizer,
-            stop_token_ids=end_of_sequence_ids(cfg.policy.model_name, tokenizer),
+            stop_token_ids=stop_token_ids,
             rows=rows,
             val_rows=Rows(data.validation_jsonl_fpath, tokenizer, limit) if data.validation_jsonl_fpath else None,
             num_batches=num_batches,

@@ -153,7 +153,10 @@ def test_defaults_and_what_the_model_says(tiny_model):
     args = parse_args(["--model", str(tiny_model), "--data", "data/aime24/validation.jsonl"])
     assert args.k == 16
     assert args.output == Path("results/evaluation", f"{tiny_model.parent.name}_{tiny_model.name}", "aime24_validation")
-    policy = configure(args).policy
+    vocabulary = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
+    with pytest.raises(ConfigError, match=f"its tokenizer knows {vocabulary + 1} tokens, it {vocabulary}$"):
+        configure(args, vocabulary + 1)
+    policy = configure(args, vocabulary).policy
     assert policy.precision == "float32"
     longest = json.loads((tiny_model / "config.json").read_text())["max_position_embeddings"]
     assert policy.max_total_sequence_length == min(10240, longest)

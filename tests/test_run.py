@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from config import ConfigError, load_config
 from launch import check_before_start
-from rows import Rows, load_tokenizer
+from rows import Rows, end_of_sequence_ids, load_tokenizer
 
 BATCH = ["grpo.num_prompts_per_step=8", "grpo.num_generations_per_prompt=8"]
 
@@ -270,8 +270,10 @@ def test_chat_templates(arithmetic_rows, tiny_model, tmp_path):
         Rows(str(path), tokenizer, 64)
     with pytest.raises(ConfigError, match="^cannot read the chat template 'nowhere.jinja'"):
         load_tokenizer(str(tiny_model), "policy.model_name", "nowhere.jinja")
-    tokenizer.chat_template = None
+    tokenizer.chat_template = tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match="base' has no end token: set eos_token_id in its generation_config.json"):
+        end_of_sequence_ids(str(tmp_path / "base"), tokenizer)
     with pytest.raises(
         ConfigError, match=r"has no chat template; .* data.chat_template=FILE for training, --chat-temp"
     ):

@@ -11,8 +11,9 @@ The policy, each line with a test in tests/test_verifier.py:
 
 - Only the last 64 KB count, and only what follows `</think>`; reasoning that was cut off is no answer. The last
   statement wins, whatever its kind: a balanced `\boxed{}`/`\fbox{}` (at most 16 tries, 2,000 characters), `Answer:`,
-  `####`, "final answer is". Boxes joined by nothing but a comma, "and" or `\quad` are one list. `lenient` falls back
-  to the last formula or the last number, as peers' graders do; it is for evaluation, not for training.
+  `####`, "final answer is". Boxes joined by nothing but a comma, "and" or `\quad` are one list, joined by
+  "or" no answer. `lenient` falls back to the last formula or the last number, as peers' graders do; it is for
+  evaluation, not for training.
 - An empty gold or an empty answer never pays.
 - A list never pays for a single gold ("41 or 42" is a hedge). Bare lists and sets have no order; tuples have one. The
   two ends of a pair in parentheses may be an interval, so a bare list of two does not pay for it. Brackets of intervals
@@ -28,7 +29,7 @@ The policy, each line with a test in tests/test_verifier.py:
 - A unit after a number is a known unit or a plural noun; words that change the value (fifths, million, squared) or
   take it back are none. A unit is never a single letter outside \text{}. Two units that differ are wrong.
 - \land, \lor, \wedge, \nabla and everything else that is not elementary algebra is compared as written. Letters before
-  a bracket are factors if they also stand alone somewhere, else functions.
+  a bracket are factors if they also stand alone somewhere, else functions; so are f and what the gold applies twice.
 - Letter case matters for variables, not for words. Every variable of the gold must be the same in the answer.
 - An answer outside the size limits (`_too_complex`) is wrong; a gold outside them can only be matched as written.
 
@@ -77,7 +78,8 @@ def _walk(text: str) -> Iterator[tuple[int, str, int]]:
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}(\{)|\\boxed(?:\s{1,8}|(?=\d))([^\s{]\S{0,39})")
 _BETWEEN_BOXES = re.compile(
-    r"(?=.*(?:[,;]|and|quad))(?:[\s$*,;]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|\\text\{[ ,]{0,3}and[ ,]{0,3}\}|\band\b)+",
+    r"(?=.*(?:[,;]|and|quad|or))"
+    r"(?:[\s$*,;]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|\\text\{[ ,]{0,3}(?:and|or)[ ,]{0,3}\}|\b(?:and|or)\b)+",
     re.S,
 )
 # The first letter is left out: the marker is found by searching backwards for "nswer".
@@ -93,8 +95,11 @@ _SENTENCE_END = re.compile(
     r"(?<=[^.\s])[.?!](?=\s|$)(?!\s*\d)|\s{1,4}I hope it is correct|<\|[a-z_]{1,20}\|>|</s>|</answer>"
     r"| (?:since|because) |, [a-z]{4,20}\.?$"
 )
-# "The largest n is 34", but nothing with a second verb or a comma, which may say more.
-_ONE_IS = re.compile(r"^(?:(?! is | are | not |[,;=]).){1,200} (?:is|are|equals) (?=[-+\d$\\(])(?!.* (?:is|are) )")
+# "The largest n is 34", but nothing with a negation, a second verb or a comma, which may say more.
+_ONE_IS = re.compile(
+    r"^(?:(?! is | are |\b(?:not?|nor|never|except|hardly)\b|[,;=]).){1,200} "
+    r"(?:is|are|equals) (?=[-+\d$\\(])(?!.* (?:is|are) )"
+)
 _FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]", re.S)
 _PERCENT = r"(?: ?\\?%| ?(?:percent|pct)\b)"
 _LAST_NUMBER = re.compile(rf"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?{_PERCENT}?")
@@ -130,8 +135,11 @@ def _last_boxes(text: str) -> tuple[int, str] | None:
         end = match.end() - 1 if match else -1
         if match and match[1]:
             end = _closing(text, end)
-        if contents and (end < 0 or not _BETWEEN_BOXES.fullmatch(text[end + 1 : following][:80])):
+        between = text[end + 1 : following][:80] if contents else ""
+        if contents and (end < 0 or not _BETWEEN_BOXES.fullmatch(between)):
             break
+        if "or" in between:
+            return last, ""  # a hedge
         if end >= 0:
             last, following = (last if contents else place), place
             contents.insert(0, text[match.end() : end].strip() if match[1] else match[2].strip("$."))
@@ -248,6 +256,7 @@ _SPELLING = _table(
     >=  ≥
     !=  ≠
     (?<=[)\]]) ?- ?(?=\\\{{)  ∖
+    ^[a-zA-Z] ?\\in ?(?=\\\{{ ?-?\d)
     \+? ?∞|\\text\{{ ?infinity ?\}}|(?<![a-zA-Z\\])infinity(?![a-zA-Z])  ∞
     \\text\{{ ?cis ?\}}|(?<![a-zA-Z\\])cis(?![a-zA-Z])  \\cis~
     \\p?mod(?![a-zA-Z]) ?(\w+)  \\pmod{{\1}}
@@ -262,9 +271,9 @@ _SPELLING = _table(
     \\mathbb ?(?:\{{ ?R ?\}}|R(?![a-zA-Z]))(?! ?[_^])  (-∞,∞)
     \\\{{\s*\\\}}  \\emptyset
     ^\\\{{ ?((?:[-+\d./]|\\frac ?\{{\d+\}} ?\{{\d+\}})+) ?\\\}}$  \1
-    (\\frac|\\binom|\\sqrt\[[^\]]*\]) ?({_TOKEN})  \1{{\2}}
+    (\\frac|\\binom) ?({_TOKEN})  \1{{\2}}
     (\\(?:frac|binom) ?{_BRACES}) ?({_TOKEN})  \1{{\2}}
-    \\sqrt ?(\d+(?:\.\d+)?|{_TOKEN})  \\sqrt{{\1}}
+    \\sqrt ?(\[[^\]]*\])? ?(\d+(?:\.\d+)?|{_TOKEN})  \\sqrt\1{{\2}}
     (?<![a-zA-Z}}\]_^])\{{ ?\}}
     \( ?(≈[^()]*)\)$  \1
     ^([a-zA-Z]) ?≠ ?([^,]+), ?([^,<>=≤≥≠]+)$  \1≠\2,\1≠\3
@@ -371,15 +380,6 @@ _POWERS = _table(r"""
     ^(?:sq|square)\.? (.+)$|^(.+) squared$  \1\2^2
     ^(?:cu|cubic)\.? (.+)$|^(.+) cubed$  \1\2^3
 """)
-_UNIT = re.compile(
-    rf"\b(?:(?:{_COUNT}|negative|inverse|factorial|reciprocal|guesse?|percent|root)s?"
-    rf"|(?:{_COUNT}|\w+tie|fif|eigh|nin|twelf)ths?"
-    r"|is|was|isn|not?|or|and|but|if|then|than|the|be|nor|neither|either|minus|plus|times|over|by|divided|more|less|it|its"
-    r"|this|that|as|because|since|so|base|mod|modulo|where|for|with|without|to|through|versus|vs|from|until|equals|except"
-    r"|maybe|perhaps|about|roughly|approximately|wrong|at|below|above|under|unless|possibilities|of)\b"
-)
-_PLURAL = re.compile(r"(?:[a-z]+[ -]){0,3}[a-z]+[^sui\W]s")
-_POWER = re.compile(r"(?:(sq|square)\.? |(cu|cubic)\.? )?(.+?)(?: ?\^ ?\{? ?(-?\d) ?\}?|( squared)|( cubed))?")
 _UNIT = re.compile(
     r"(?: ?\\text\{ ?([a-zA-Z][a-zA-Z ./^0-9-]{0,40}?)\.? ?\}|(?<=[\d}°)]) "
     r"((?:[a-zA-Z]+\.? ){0,2}[a-zA-Z]{2,14}(?:/h)?|[ap]\.m)\.?)(?: ?\^ ?\{? ?(-?\d) ?\}?)?$"
@@ -876,7 +876,7 @@ _LETTER = rf"(?:(?<![a-zA-Z\\])[a-zA-Z]|\\(?:{_GREEK})(?![a-zA-Z]))"
 # What is compared as written: derivatives, f'(0), vectors, names of angles and segments, words.
 _ATOM = re.compile(
     r"\\frac ?\{ ?(?:\\partial|d)(?![a-zA-Z]{2})[^{}]*\} ?\{ ?(?:\\partial|d) ?[a-z][^{}]*\}"
-    r"|[a-zA-Z]'+(?: ?\([^()]*\))?|\\text\{[^{}]*\}"
+    r"|[a-zA-Z](?:'+|(?<=[fgFG]) ?\^ ?\{? ?-1 ?\}?(?= ?\())(?: ?\([^()]*\))?|\\text\{[^{}]*\}"
     r"|\\(?:vec|hat|bar|overline|tilde|angle|triangle|overrightarrow) ?(?:\{ ?[A-Za-z]+ ?\}|[A-Za-z]+)"
 )
 _APPLIED = re.compile(rf"({_LETTER}(?:_\{{?\w+\}}?)?) ?\(([^()]*)\)")
@@ -918,14 +918,21 @@ class _Reader:
     """Reads LaTeX of two texts with math-verify's parser, after spelling out what that parser would misread.
 
     What is no elementary algebra becomes a symbol, the same one wherever it is written alike. A letter that stands only
-    before brackets in both texts is a function: f in f(x) + f(y), but not h in h(a + b) - ah.
+    before brackets in both texts is a function: f in f(x) + f(y), but not h in h(a + b) - ah. The answer alone cannot
+    make a factor of a function that the gold calls f or applies twice, as in T(n - 1) + T(n - 2).
     """
 
     def __init__(self, *texts: str):
         self.atoms: dict[str, str] = {}
-        text = " ; ".join(texts)
-        applied = {match[1].strip() for match in re.finditer(rf"({_LETTER}) ?(?=\()", text)}
-        self.functions = applied - {match[1].strip() for match in re.finditer(rf"({_LETTER})(?! ?\()", text)}
+        self.functions = set(self.only_applied(" ; ".join(texts)))
+        applied = self.only_applied(texts[0])
+        self.functions |= {letter for letter in applied if letter == "f" or applied.count(letter) > 1}
+
+    @staticmethod
+    def only_applied(text: str) -> list[str]:
+        """The letters that stand before brackets, as often as they do, less those that also stand alone."""
+        alone = re.findall(rf"({_LETTER})(?! ?\()", text)
+        return [letter for letter in re.findall(rf"({_LETTER})(?= ?\()", text) if letter not in alone]
 
     def atom(self, name: str) -> str:
         """The symbol that stands for a name."""

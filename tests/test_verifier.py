@@ -398,6 +398,7 @@ STRUCTURES = [
     ("1,2", r"1 \text{ and } 2", True),
     ("1,2", "1 and 2", True),
     ("1,2", r"\{2, 1\}", True),
+    ("1,2", r"x \in \{2, 1\}", True),
     ("1,2", "x = 1, x = 2", True),
     ("1,2", r"x = 1 \text{ or } x = 2", True),
     (r"x=1, y=2", "x=1, y=2", True),
@@ -653,6 +654,9 @@ KINDS = [
     # unicode roots
     ("3", "√13", False),
     (r"\sqrt{13}", "√13", True),
+    ("4", "∛164", False),
+    ("4", "∛64", True),
+    ("4", r"\sqrt[3]64", True),
     (r"\sqrt{x+1}", "√(x+1)", True),
     (r"\frac{\sqrt{15}}{2}", "√15/2", True),
     # thousands beside anything
@@ -685,6 +689,10 @@ KINDS = [
     (r"\frac{(a+b)h}{2}", r"\frac{h(a+b)}{2}", True),
     ("P(1+r)^n", r"P \cdot (1+r)^n", True),
     ("f(x) - f(y)", "f(y) - f(x)", False),
+    ("f(x+2)", "fx+2f", False),  # the answer cannot make a factor of the gold's function
+    ("T(n-1)+T(n-3)", "2Tn-4T", False),
+    ("f^{-1}(x)", r"\frac{1}{f(x)}", False),
+    ("f^{-1}(x) + 1", "1 + f^{-1}(x)", True),
     (r"\frac{f(x)}{f(y)}", r"\frac{x}{y}", False),
     # other spellings
     (r"(\pm 1, 2)", "(1,2),(-1,2)", True),
@@ -760,6 +768,7 @@ EXTRACTION = [
     ("Final Answer: The largest $n$ is 34.", "34"),
     ("Answer: the least is 4 and the largest is 34", "the least is 4 and the largest is 34"),
     ("Answer: it is not 34", "it is not 34"),
+    ("Answer: no number except 8 is 34", "no number except 8 is 34"),
     ("Answer: 4<|im_end|>", "4"),
     (r"$\boxed4$", "4"),
     # the last statement, whatever its kind
@@ -776,7 +785,9 @@ EXTRACTION = [
     (r"$\boxed{(1, 2)}, \boxed{(2, 1)}$", "(1, 2), (2, 1)"),
     (r"\[\boxed{-2} \quad \text{and} \quad \boxed{1}\]", "-2, 1"),
     (r"\(\boxed{1}\) and \(\boxed{2}\)", "1, 2"),
-    (r"\boxed{1} or \boxed{2}", "2"),
+    (r"\boxed{1} or \boxed{2}", None),  # a hedge
+    (r"$\boxed{1}$ \text{ or } $\boxed{2}$", None),
+    (r"either \boxed{1}, or \boxed{2}", None),
     (r"\boxed{1} papers and \boxed{2}", "2"),
     (r"\boxed{1}, \boxed{}", None),
     ("It is 42", None),

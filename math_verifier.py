@@ -92,7 +92,7 @@ _IS_PREFIX = re.compile(
     r" {0,4}(?:is|are|:|=) {0,4}:? {0,4}"
 )
 _SENTENCE_END = re.compile(
-    r"(?<=[^.\s])[.?!](?=\s|$)(?!\s*\d)|\s{1,4}I hope it is correct|<\|[a-z_]{1,20}\|>|</s>|</answer>"
+    r"(?<=[^.\s])(?:[.?]|(?<!\d)!)(?=\s|$)(?!\s*\d)|\s{1,4}I hope it is correct|<\|[a-z_]{1,20}\|>|</s>|</answer>"
     r"| (?:since|because) |, [a-z]{4,20}\.?$"
 )
 # "The largest n is 34", but nothing with a negation, a second verb or a comma, which may say more.
@@ -103,7 +103,11 @@ _ONE_IS = re.compile(
 _FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]", re.S)
 _PERCENT = r"(?: ?\\?%| ?(?:percent|pct)\b)"
 _LAST_NUMBER = re.compile(rf"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?{_PERCENT}?")
-_PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}")
+_PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}|[\u3040-\u9fff]{2}")
+_VALUE = re.compile(r"\d|\\(?!end|\])")
+_SAID = re.compile(r"(?i)\b(?:answer|solution|result)(?: is\b|:)|<answer>")
+_DISPLAY = re.compile(rf"{_FORMULA.pattern}|\*\*([^*\n]+)\*\*|\\begin\{{align\*?\}}(.+?)\\end\{{align", re.S)
+_NOTE = re.compile(r"(?<=[^\sa-zA-Z]) ?(?:\\approx|≈|\\p?mod(?![a-z])).*", re.S)
 
 
 def _closing(text: str, start: int) -> int:
@@ -169,16 +173,26 @@ def _last_statement(text: str) -> str | None:
     return None
 
 
+def _last_side(formula: str) -> str:
+    """The last side of a chain, without a note such as `\\approx 1.3`; lists and equations of variables stay whole."""
+    formula = _NOTE.sub("", formula.rstrip(" ."))
+    sides, _ = _split(re.sub(r"\\equiv|\\approx|≈", "=", formula), "=")
+    chain = len(sides) > 2 or not re.search(r"(?<![\\a-zA-Z])[a-z](?![a-z])", sides[0])
+    return sides[-1].strip(" &") if chain and not re.search(r",(?!\d{3}|\\!)|[<>!]=", formula) else formula
+
+
 def _fall_back(text: str) -> str | None:
-    """The last formula, or the last number where no formula follows it, as peers' graders do."""
-    text = text[-MAX_BOX_CHARS:].strip()
-    if text and not _PROSE.search(text) and not _FORMULA.search(text):
-        return text
-    formulas = [(match.end(), match[match.lastindex]) for match in _FORMULA.finditer(text)]
-    end, formula = formulas[-1] if formulas else (0, "")
+    """What the last "answer is" says; else the last formula or, where no formula follows it, the last number."""
+    whole, *said = _SAID.split(text[-MAX_BOX_CHARS:])
+    text = (said[-1] if said else whole).strip()
+    line = _tidy_line(text.partition("\n")[0]) if said else text.rpartition("\n")[2]
+    if (line == text or _VALUE.search(line)) and not _PROSE.search(line) and not _DISPLAY.search(line):
+        return _last_side(line) or None
+    formulas = [(match.end(), match[match.lastindex]) for match in _DISPLAY.finditer(text)]
+    end, formula = next((found for found in reversed(formulas) if _VALUE.search(found[1])), (formulas or [(0, "")])[-1])
     numbers = _LAST_NUMBER.findall(text, end)
     percent = re.match(_PERCENT, text[end:])
-    return numbers[-1] if numbers else formula + (percent[0] if percent else "") or None
+    return numbers[-1] if numbers else _last_side(formula) + (percent[0] if percent else "") or None
 
 
 def extract_answer(text: str, *, lenient: bool = False) -> str | None:
@@ -1051,7 +1065,7 @@ def _points(names: list[Any], *exprs: Any) -> list[dict[Any, Any]]:
 
 def _parts(expr: Any, point: dict[Any, Any]) -> list[Any] | None:
     """Real and imaginary part at a point, 0 where nothing but rounding is left; None where there is no value."""
-    for digits in (60, 10_000):
+    for digits in (60, 300, 10_000):
         value = expr.evalf(20, subs=point, maxn=digits)
         parts = value.as_real_imag() if value.is_number else (None,)
         if not all(part is not None and (part.is_Float or part.is_Integer) and part.is_finite for part in parts):

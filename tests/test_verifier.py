@@ -813,6 +813,20 @@ LENIENT = [
     ("$28$ percent", r"28\%", "0.28"),
     ("it grows by 100%.", r"100\%", "1"),
     ("I hope it is right: 34", "34", "4"),
+    # what is said to be the answer, before what follows; plain LaTeX, bold, aligned lines
+    ("So the answer is $13$. Indeed $26 = 2 \\cdot 13$.", "13", "26"),
+    ("So the answer is 5\\sqrt{7}", r"\sqrt{175}", "7"),
+    ("<answer>-\\frac{4}{9}</answer>", r"-\frac49", "9"),
+    ("Hence **\\frac{4}{9}**", r"\frac49", "9"),
+    ("and so\n\n= \\sqrt{11}", r"\sqrt{11}", "11"),
+    ("\\begin{align*}\nx &= 3 + y \\\\\n&= 8.\n\\end{align*}", "8", "3"),
+    ("There are $7$ values of $k$.", "7", "k"),
+    ("所以比例为13/28", "13/28", "13"),
+    # the last side of a chain, without a note
+    ("Hence \\[p(2) = \\frac{q(2)}{3} = \\frac{5}{6}.\\]", r"\frac56", "6"),
+    ("That is $2 \\cdot 5! \\cdot 3! = 1{,}440$.", "1440", "440"),
+    ("Thus $x = \\frac{8}{9} \\approx 0.89$.", r"\frac{8}{9}", "0.89"),
+    ("The circle is $x^2 + y^2 = 4$.", "x^2+y^2=4", "4"),
 ]
 
 

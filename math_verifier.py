@@ -268,8 +268,6 @@ _SPELLING = _table(
     (?:\{{ ?\}})?\^ ?\{{?(\d+)\}}? ?C ?_ ?\{{?(\d+)\}}?  \\binom{{\1}}{{\2}}
     <=  ≤
     >=  ≥
-    !=  ≠
-    (?<=[)\]]) ?- ?(?=\\\{{)  ∖
     ^[a-zA-Z] ?\\in ?(?=\\\{{ ?-?\d)
     \+? ?∞|\\text\{{ ?infinity ?\}}|(?<![a-zA-Z\\])infinity(?![a-zA-Z])  ∞
     \\text\{{ ?cis ?\}}|(?<![a-zA-Z\\])cis(?![a-zA-Z])  \\cis~
@@ -278,7 +276,6 @@ _SPELLING = _table(
     (?<=[\d.])\\dot ?\{{?(\d)\}}?(?:(\d*)\\dot ?\{{?(\d)\}}?)?  \\overline{{\1\2\3}}
     (?<=\d\.)(\d*)\((\d+)\)$|(?<=[\d.])\\bar ?\{{?(\d+)\}}?  \1\\overline{{\2\3}}
     \s?(?:\^ ?\{{? ?(?:\\circ|°) ?\}}?|\\text\{{ ?deg(?:ree)?s?\.? ?\}}|(?<=[\d}}]) degrees?\b)  °
-    ° ?(?:\\text\{{ ?)?([CF])(?: ?\}})?$  \\text{{\1}}
     \s?(?:\\%|\\text\{{ ?(?:\\?%|per ?cent(?:age)?|pct) ?\}}|(?<=[\d}}]) ?(?:per ?cent(?:age)?|pct)\b)  %
     \\text\{{ ?(?:the set of )?all real(?: number)?s ?\}}|^(?:the set of )?all real(?: number)?s$  \\mathbb{{R}}
     \\mathbb ?\{{? ?R ?\}}? ?(?:[\^_] ?\{{?\+\}}?|_ ?\{{ ?> ?0 ?\}})  (0,∞)
@@ -297,7 +294,6 @@ _SPELLING = _table(
     \\frac ?\{{ ?\\text\{{([^{{}}]*)\}} ?\}} ?\{{ ?\\text\{{([^{{}}]*)\}} ?(\^ ?\d)? ?\}}  \\text{{\1/\2\3}}
     \\?\$(?= ?[-+]?[\d.\\])|(?<=\d) ?\\?\$$  USD
     (?:^|(?<=[=≈])) ?([-+]?) ?(?:US)?(USD|EUR|GBP) ?(.*)  \1\3\\text{{~\2}}
-    (?<=\d) ?(USD|EUR|GBP)$  \\text{{~\1}}
     """
 )
 _MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}

@@ -439,8 +439,7 @@ def main(argv: list[str] | None = None) -> None:
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:
         listener = socket.create_server((args.host, args.port), family=family, backlog=2_048)
-        pool = WorkerPool(args.verifier, args.workers, args.deadline)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         sys.exit(f"reward_server.py: error: on {args.host}:{args.port}: {error}")
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1_000)  # for replies nobody reads
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -449,6 +448,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.judge_url:
         judge = Judge(args.judge_url, args.judge_model, args.judge_deadline, os.environ.get("JUDGE_API_KEY"))
     token = os.environ.get("REWARD_SERVER_TOKEN") or None
+    pool = WorkerPool(args.verifier, args.workers, args.deadline)
     app = RewardServer(pool, args.verifier, args.extraction == "lenient", args.max_queue, token, judge)
     config = Config(
         app,

@@ -6,12 +6,14 @@ policy, not from what the code says.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from hostile_answers import HOSTILE
 from verdict_pairs import pairs
 
+import reward_server
 from math_verifier import extract_answer, normalise, parse_number
 from reward_server import Verdict, exact_verdict, verify
+from verifier_pool import WorkerPool
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ROOT.parent / "shared" / "data" / "verifier" / "variants.jsonl"
@@ -706,15 +710,35 @@ KINDS = [
 ]
 
 
+POLICY = NUMBERS + MORE + HEDGES + STRUCTURES + EXPRESSIONS + SPELLINGS + KINDS
+
+
 def _ask(gold: str, answer: str) -> Verdict:
     return verify(rf"Some work, then \boxed{{{answer}}}", gold)
 
 
-@pytest.mark.parametrize(
-    ("gold", "answer", "pays"), NUMBERS + MORE + HEDGES + STRUCTURES + EXPRESSIONS + SPELLINGS + KINDS
-)
-def test_policy(gold: str, answer: str, pays: bool) -> None:
-    verdict = _ask(gold, answer)
+def _verify_all(rows: Iterable[tuple[str, str]]) -> list[Verdict]:
+    """Verdicts on (text, gold) in order, by a worker on each of two cores and with time for a busy machine."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
+        patch.setattr(reward_server, "default_pool", _patient_pool)
+        return list(threads.map(lambda row: verify(*row), rows))
+
+
+@functools.cache
+def _patient_pool() -> WorkerPool:
+    return WorkerPool("math", 2, deadline=10)
+
+
+@pytest.fixture(scope="module")
+def policy_verdicts() -> dict[tuple[str, str], Verdict]:
+    """The verdict on each row of the policy's lists."""
+    verdicts = _verify_all((rf"Some work, then \boxed{{{answer}}}", gold) for gold, answer, _ in POLICY)
+    return {row[:2]: verdict for row, verdict in zip(POLICY, verdicts, strict=True)}
+
+
+@pytest.mark.parametrize(("gold", "answer", "pays"), POLICY)
+def test_policy(policy_verdicts: dict[tuple[str, str], Verdict], gold: str, answer: str, pays: bool) -> None:
+    verdict = policy_verdicts[gold, answer]
     assert verdict.reward == float(pays), verdict
     assert (verdict.status == "correct") == pays
 
@@ -863,8 +887,7 @@ GOLDS += [r"2\sqrt{3}", r"10\pi", r"\frac{\sqrt{5}}{2}", "x^2 + 2x", "3t - 5", "
 
 def test_generated_near_misses_and_rewritings() -> None:
     rows = list(pairs(GOLDS, seed=1, rounds=2))
-    with ThreadPoolExecutor(4) as threads:
-        verdicts = list(threads.map(lambda row: verify(row[2], row[1]), rows))
+    verdicts = _verify_all((text, gold) for _, gold, text, _ in rows)
     wrong = [(row, v) for row, v in zip(rows, verdicts, strict=True) if (v.reward == 1.0) != row[3]]
     assert len(rows) > 500
     assert [item for item in wrong if not item[0][3]] == []
@@ -944,7 +967,7 @@ _PIECES = st.sampled_from(
 _MATH = st.lists(_PIECES | st.text(max_size=3), max_size=30).map("".join)
 
 
-@settings(max_examples=1_500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(text=st.text(max_size=200) | _MATH, gold=st.text(max_size=40) | _MATH | st.just("42"))
 def test_fuzz_exact_tier(text: str, gold: str) -> None:
     verdict = exact_verdict(rf"\boxed{{{text}}}", gold)
@@ -956,7 +979,7 @@ def test_fuzz_exact_tier(text: str, gold: str) -> None:
     assert number is None or number.denominator > 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(value=st.fractions(max_denominator=10**6), other=st.fractions(max_denominator=10**6))
 def test_fuzz_fractions_are_exact(value, other) -> None:
     n, d = value.numerator, value.denominator
@@ -964,7 +987,7 @@ def test_fuzz_fractions_are_exact(value, other) -> None:
     assert _ask(f"{n}/{d}", f"{other.numerator}/{other.denominator}").reward == float(value == other)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(value=st.integers(-(10**15), 10**15))
 def test_fuzz_spellings_of_integers(value: int) -> None:
     spellings = [
@@ -983,7 +1006,9 @@ def test_fuzz_spellings_of_integers(value: int) -> None:
 @pytest.mark.skipif(not REPORTS.exists(), reason="../shared/data/verifier/reported_cases.jsonl is not on this machine")
 def test_public_reports() -> None:
     rows = [row for row in map(json.loads, REPORTS.read_text().splitlines()) if not row["contested"]]
-    wrong = [row for row in rows if (verify(row["text"], row["gold"]).reward == 1.0) != row["expected"]]
+    verdicts = _verify_all((row["text"], row["gold"]) for row in rows)
+    paid = [verdict.reward == 1.0 for verdict in verdicts]
+    wrong = [row for row, pays in zip(rows, paid, strict=True) if pays != row["expected"]]
     assert [row for row in wrong if not row["expected"]] == []
     assert len(wrong) <= 0.01 * len(rows), wrong
 
@@ -991,7 +1016,8 @@ def test_public_reports() -> None:
 @pytest.mark.skipif(not VARIANTS.exists(), reason="../shared/data/verifier/variants.jsonl is not on this machine")
 def test_variants() -> None:
     rows = [json.loads(line) for line in VARIANTS.read_text().splitlines()][::6]  # benchmarks/verdicts.py takes all
-    paid = [_ask(row["gold"], row["pred_answer"]).reward == 1.0 for row in rows]
+    verdicts = _verify_all((rf"\boxed{{{row['pred_answer']}}}", row["gold"]) for row in rows)
+    paid = [verdict.reward == 1.0 for verdict in verdicts]
     false_positives = [row for row, pays in zip(rows, paid, strict=True) if pays and not row["expected"]]
     right = sum(row["expected"] == pays for row, pays in zip(rows, paid, strict=True))
     assert false_positives == []

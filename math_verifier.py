@@ -7,35 +7,8 @@ parser reads the LaTeX, sympy decides. It must run in a process that can be kill
 An answer passes through four steps: extract -> normalise (one spelling) -> read (a number, a group such as a list or a
 tuple, a set of reals, an equation, text, or else an expression) -> compare by what was read.
 
-The policy, each line with a test in tests/test_verifier.py:
-
-- Only the last 64 KB count, and only what follows `</think>`; reasoning that was cut off is no answer. The last
-  statement wins, whatever its kind: a balanced `\boxed{}`/`\fbox{}` (at most 16 tries, 2,000 characters), `Answer:`,
-  `####`, "final answer is". Boxes joined by nothing but a comma, "and" or `\quad` are one list, joined by
-  "or" no answer. `lenient` falls back to the last formula or the last number, as peers' graders do; it is for
-  evaluation, not for training.
-- An empty gold or an empty answer never pays.
-- A list never pays for a single gold ("41 or 42" is a hedge). Bare lists and sets have no order; tuples have one. The
-  two ends of a pair in parentheses may be an interval, so a bare list of two does not pay for it. Brackets of intervals
-  matter; inequalities, set-builders and unions are read as the sets of reals that they name.
-- Numbers are compared exactly: a gold of 3.3 does not accept 10/3, nor 1/3 accept 0.33. Only a gold that is marked as
-  rounded (`\approx 3.14`) accepts what rounds to its printed digits.
-- Thousands separators only between groups of three digits. `1\frac{1}{2}` and `1 1/2` are mixed numbers.
-- Percent is accepted only if the gold says percent (then 50, 50\% and "50 percent" are equal); never a factor of 100.
-- Degrees are not radians: a gold of 60 or 60^\circ accepts 60 and 60^\circ, never \pi/3; \cos 60 is not \cos 60^\circ.
-- Numbers in another base are compared as written: 101_2 equals 101_{2}, and neither 101_3 nor 101 nor 5.
-- `name = value` is its value; in a chain every side must be right: 3+4=7 pays for 7, 8=7 does not, nor does x^2 = 42.
-  A note such as `\approx 31.4` behind an exact value must be right too. Equations are equal up to a factor.
-- A unit after a number is a known unit or a plural noun; words that change the value (fifths, million, squared) or
-  take it back are none. A unit is never a single letter outside \text{}. Two units that differ are wrong.
-- \land, \lor, \wedge, \nabla and everything else that is not elementary algebra is compared as written. Letters before
-  a bracket are factors if they also stand alone somewhere, else functions; so are f and what the gold applies twice.
-- Letter case matters for variables, not for words. Every variable of the gold must be the same in the answer.
-- An answer outside the size limits (`_too_complex`) is wrong; a gold outside them can only be matched as written.
-
-NeMo Gym 0.7's math_with_judge differs: there only a complete `\boxed{}` pays. "Answer: 3", `#### 3`, `\boxed 4` and
-`\fbox{4}` pay here and get 0 there, so rows whose prompt asks for "Answer: ..." (DAPO) all get 0 there. Gym also counts
-boxes inside reasoning, refuses 50 for 50\%, and accepts 50\% for 0.5.
+What equals what is the policy in docs/verifier.md, each line of which has tests in tests/test_verifier.py. Where the
+policy is in doubt an answer does not pay: reinforcement learning finds every wrong answer that does.
 """
 
 from __future__ import annotations
@@ -862,8 +835,10 @@ WARM_UP = [
     (r"\frac{\sqrt{5} - 1}{2} + e^{i\pi/3}", r"\left(1-x^{11}\right) \cdot \sqrt[3]{2}"),
     (r"\frac{qb}{2\pi\epsilon_0}\left((x-a)^2 + b^2\right)^{-3/2}", r"\frac{h(a_1+b)}{2} - |x|^n + n!"),
     (r"2\sin^2 x\cos(2x) + \ln 2x", r"\binom{n}{2} - \log_2 8 + \arctan 1 - \lfloor x/5 \rfloor"),
-    (r"\sum_{k=1}^{3} k^2", r"\int_0^1 x dx"), ("y = 2x + 3", "2x - y + 3 = 0"), (r"(-\infty, 1)", r"x < 1"),
-]  # fmt: skip
+    (r"\sum_{k=1}^{3} k^2", r"\int_0^1 x dx"),
+    ("y = 2x + 3", "2x - y + 3 = 0"),
+    (r"(-\infty, 1)", r"x < 1"),
+]
 
 
 class _Unreadable(Exception):

@@ -1,4 +1,4 @@
-r"""The verifier's policy, line by line (see math_verifier.py), in process and without a server.
+r"""The verifier's policy, line by line (see docs/verifier.md), in process and without a server.
 
 Each list is (gold, what the model put in the box, whether it should pay). The expected verdicts are reasoned from the
 policy, not from what the code says.

@@ -36,7 +36,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import math_verifier
 
-START_SECONDS = 20.0  # for the nursery's imports and a fork
+START_SECONDS = 60.0  # for the nursery's imports
+FORK_SECONDS = 5.0
 MEMORY_MB = 1_024
 MAX_GROWTH_MB = 256  # after which a worker is replaced
 STATUSES = ("correct", "wrong", "no_answer", "unparsable_gold", "timeout", "judge_failed")
@@ -126,8 +127,9 @@ class WorkerPool:
         with self._lock:
             for _attempt in range(2):
                 ours, theirs = socket.socketpair()
-                ours.settimeout(START_SECONDS)
+                ours.settimeout(FORK_SECONDS)
                 with contextlib.suppress(OSError, ValueError):
+                    self._ready = self._ready or self._control.recv(1) == b"r"
                     with theirs:
                         socket.send_fds(self._control, [b"f"], [theirs.fileno()])
                     lines = ours.makefile("rb")
@@ -138,12 +140,14 @@ class WorkerPool:
     def _start_nursery(self) -> None:
         if self._nursery:
             os.killpg(self._nursery.pid, signal.SIGKILL)  # its process group is itself and its workers
-            self._nursery.wait(START_SECONDS)
+            self._nursery.wait(FORK_SECONDS)
         # No secret of the server is in its environment. gmpy2 would do arithmetic in C calls that allocate past limits.
         keep = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "VIRTUAL_ENV", "HOME")
         environment = {key: os.environ[key] for key in keep if key in os.environ}
         environment |= {"SYMPY_GROUND_TYPES": "python", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
+        self._ready = False
         self._control, theirs = socket.socketpair()
+        self._control.settimeout(START_SECONDS)
         fd, null = theirs.fileno(), subprocess.DEVNULL
         with theirs:
             self._nursery = subprocess.Popen(
@@ -169,6 +173,7 @@ def nursery(name: str, deadline: str, control_fd: str) -> None:
     os.chdir("/")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries dead workers
     control = socket.socket(fileno=int(control_fd))
+    control.send(b"r")
     while fds := socket.recv_fds(control, 1, 1)[1]:
         if os.fork() == 0:
             control.close()

@@ -146,6 +146,7 @@ class Server:
         if len(CORES) > 1:  # all threads of the serving process; the load generator takes another core
             for task in os.listdir(f"/proc/{self.process.pid}/task"):
                 os.sched_setaffinity(int(task), {CORES[0]})
+        run_load(self, lambda: (gym_bytes(box("x+x"), "2x"), "all"), 1, 0)  # until workers can be forked
 
     def cpu_seconds(self) -> float:
         """Processor time of the serving process so far."""

@@ -579,7 +579,7 @@ def test_lost_workers_are_replaced() -> None:
 
 
 def test_a_stopped_nursery_is_replaced(monkeypatch: pytest.MonkeyPatch, custom: Path) -> None:
-    monkeypatch.setattr(verifier_pool, "START_SECONDS", 3.0)
+    monkeypatch.setattr(verifier_pool, "FORK_SECONDS", 1.0)
     pool = verifier_pool.WorkerPool(f"{custom}:verdict", 1, deadline=0.5)
     try:
         assert pool.run("x", b"{}").extracted_answer == "x"
@@ -594,7 +594,7 @@ def test_a_stopped_nursery_is_replaced(monkeypatch: pytest.MonkeyPatch, custom: 
         assert wait_until(lambda: not any(map(alive, processes)))
 
 
-def test_a_pool_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_that_cannot_start_says_so() -> None:
     pool = verifier_pool.WorkerPool("no.such_module", 1)
     verdict = pool.run("x", b"{}")
     assert (verdict.status, "no worker can be started" in verdict.reason) == ("timeout", True)

@@ -36,7 +36,7 @@ class UnparsableGold(Exception):
     """The reference answer itself cannot be read, so nothing can be said about the answer."""
 
 
-_BRACKET = re.compile(r"\\[{}]|\\.|.", re.S)
+_BRACKET = re.compile(r"\\.|.", re.S)
 
 
 def _walk(text: str) -> Iterator[tuple[int, str, int]]:
@@ -885,6 +885,7 @@ _EXPLICIT = _table(
 _MISREAD = re.compile(
     r"(?<![\\a-zA-Z])[a-zA-Z] ?\\times ?[a-zA-Z]|Q_\{\d+\} ?\\times|\d\s+\d"
     r"|[^\w\s\\+\-*/^(){}\[\]|!.=]|\b0 ?\^ ?\{? ?0|[\d)] ?_"
+    r"|[A-Z] ?\^ ?\{? ?(?:T(?![a-z])|-1 ?\} ?[A-Z])|[A-Z] ?[A-Z] ?\^ ?\{ ?-1"  # matrices do not commute
 )
 
 
@@ -930,9 +931,6 @@ class _Reader:
 
     def read(self, text: str) -> Any:
         """A sympy expression, or _Unreadable."""
-        from latex2sympy2_extended import latex2sympy
-        from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-
         if _TRIG.search(text):
             text = re.sub(r"(\d+(?:\.\d+)?|[a-z]|\))°", r"(\1\\cdot\\frac{\\pi}{180})", text)
         text = _ATOM.sub(lambda match: self.atom(_squeeze(match[0])), text.replace("°", ""))
@@ -948,10 +946,8 @@ class _Reader:
         text = _APPLIED.sub(self.applied, text)
         if _MISREAD.search(text) or not all(map(_KNOWN.fullmatch, re.findall(r"\\([a-zA-Z]+|.)", text))):
             raise _Unreadable(text[:40])
-        config = ConversionConfig(lowercase_symbols=False)
-        options = {"is_real": True, "convert_degrees": False, "normalization_config": None, "conversion_config": config}
         try:
-            return _meaning(latex2sympy(text, **options))
+            return _parse(text)
         except (MemoryError, RecursionError, _Unreadable):
             raise
         except Exception as error:  # whatever the parser raises, it did not read this
@@ -997,10 +993,16 @@ class _Reader:
         return relation.as_set(), {str(symbol) for symbol in relation.free_symbols}
 
 
-def _meaning(expr: Any) -> Any:
-    """i is imaginary, odd roots are real, sums and integrals are computed."""
+@lru_cache(maxsize=256)  # of lists, every item is compared with every other
+def _parse(text: str) -> Any:
+    """LaTeX as a sympy expression in which i is imaginary, odd roots are real, sums and integrals are computed."""
     import sympy
+    from latex2sympy2_extended import latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
+    config = ConversionConfig(lowercase_symbols=False)
+    options = {"is_real": True, "convert_degrees": False, "normalization_config": None, "conversion_config": config}
+    expr = latex2sympy(text, **options)
     expr = sympy.sympify(expr).subs({sympy.Symbol("i", real=True): sympy.I, sympy.Symbol("i"): sympy.I})
     expr = expr.replace(
         lambda e: e.is_Pow and e.exp.is_Rational and e.exp.q % 2 == 1 < e.exp.q and e.base.is_extended_real,
@@ -1014,28 +1016,33 @@ def _meaning(expr: Any) -> Any:
 
 
 def _points(names: list[Any], *exprs: Any) -> list[dict[Any, Any]]:
-    """Fixed points to compare functions at: near 0 and on both signs; far out too where functions have corners."""
+    """Fixed points to compare functions at: near 0; where functions have corners, at integers and far out as well."""
     import sympy
 
-    corners = any(expr.has(sympy.Abs, sympy.floor, sympy.ceiling, sympy.sign) for expr in exprs) or any(
+    steps = any(expr.has(sympy.floor, sympy.ceiling) for expr in exprs)
+    corners = any(expr.has(sympy.Abs, sympy.sign) for expr in exprs) or any(
         power.exp.is_Rational and power.exp.q > 1 and not power.base.is_Atom
         for e in exprs
         for power in e.atoms(sympy.Pow)
     )
-    size = 2 + max((abs(number) for expr in exprs for number in expr.atoms(sympy.Integer)), default=1)
-    spans = [1, 1, 4, 4, 4, 30] + [3 * min(size, 10**12)] * 8 * corners
+    spans = [1, 1, 4, 4, 4, 30] + [10**3, 10**3, 10**6, 10**6, 10**9, 10**9, 10**12, 10**12] * (corners or steps)
     draw = random.Random(0)
     points = []
     for index, span in enumerate(spans if names else [1]):
-        signs = (1, 1 if index < 2 else -1)
-        points.append(
-            {name: sympy.Rational(draw.randint(1, 10**6), 10**6) * span * draw.choice(signs) for name in names}
-        )
+        point = {}
+        for bit, name in enumerate(names):  # after the first two, the bits of the index are the signs
+            sign = -1 if index > 1 and index >> bit % 3 & 1 else 1
+            value = sympy.Rational(draw.randint(1, 10**6), 10**6) * span * sign
+            point[name] = sympy.floor(value) if steps and index % 4 == 3 else value
+        points.append(point)
     return points
 
 
 def _parts(expr: Any, point: dict[Any, Any]) -> list[Any] | None:
     """Real and imaginary part at a point, 0 where nothing but rounding is left; None where there is no value."""
+    import sympy
+
+    expr = expr.subs(point) if expr.has(sympy.floor, sympy.ceiling) else expr  # at an integer, rounding would decide
     for digits in (60, 300, 10_000):
         value = expr.evalf(20, subs=point, maxn=digits)
         parts = value.as_real_imag() if value.is_number else (None,)

@@ -636,6 +636,11 @@ KINDS = [
     ("|x-9|", "9-x", False),
     ("|x-9|", "|9-x|", True),
     (r"\sqrt{(x+700)^2}", "x+700", False),
+    ("|x-10^7|", "10^7-x", False),
+    (r"\lfloor x \rfloor", r"\lceil x \rceil - 1", False),
+    (r"|a-b|", "a-b", False),
+    (r"|a-b|", "b-a", False),
+    (r"|a-b|", "|b-a|", True),
     (r"\frac{|x-9|}{x-9}", "1", False),
     # connectives, wedges, derivatives, vectors: as written
     (r"p \land q", r"p \lor q", False),
@@ -643,6 +648,9 @@ KINDS = [
     (r"dx \wedge dy", r"dy \wedge dx", False),
     (r"\vec{a} \times \vec{b}", r"\vec{b} \times \vec{a}", False),
     (r"x=2 \lor x=1", "1, 2", True),
+    ("A^T", "A", False),
+    ("PDP^{-1}", "P^{-1}DP", False),
+    (r"\frac{1}{T}", "T^{-1}", True),
     (r"\frac{\partial f}{\partial x}", r"\frac{\partial f}{\partial y}", False),
     (r"3\frac{\partial f}{\partial x}", r"\frac{\partial f}{\partial x} \cdot 3", True),
     # words behind a number

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -49,7 +50,7 @@ class Server:
         self.port = int(self.line.rsplit(":", 1)[1]) if self.line else 0
 
     def request(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 30
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 120
     ):
         """(status, headers, parsed body)."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -107,7 +108,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def brisk() -> Iterator[Server]:
     """The server for answers that take the whole deadline: many of them in little time."""
-    with running("--deadline", "0.4") as one:
+    with running("--deadline", "0.5") as one:
         one.batch((box("x+x"), "2x"))
         yield one
 
@@ -335,41 +336,39 @@ def test_gym_aggregates(server: Server) -> None:
     assert server.request("POST", "/aggregate_metrics", {"verify_responses": []})[2]["key_metrics"] == {}
 
 
-def test_gym_waits_where_others_are_told_to_come_again() -> None:
+def test_gym_waits_where_others_are_told_to_come_again(custom: Path) -> None:
     """Gym's clients do not ask again after a 429, so /verify never says it."""
-    with running("--workers", "1", "--max-queue", "1") as server, ThreadPoolExecutor(60) as threads:
-        requests = [nemo_request(box(rf"\sqrt{{{i}}}+1"), rf"1+\sqrt{{{i}}}") for i in range(2, 62)]
+    arguments = ("--verifier", f"{custom}:verdict", "--workers", "1", "--max-queue", "1")
+    with running(*arguments) as server, ThreadPoolExecutor(100) as threads:
+        requests = [nemo_request(str(i), "") for i in range(100)]
         replies = list(threads.map(lambda request: server.request("POST", "/verify", request), requests))
-        assert {(status, reply["status"]) for status, _, reply in replies} == {(200, "correct")}
+        assert [(status, reply["extracted_answer"]) for status, _, reply in replies] == [
+            (200, str(i)) for i in range(100)
+        ]
 
 
 # -- hostile input -----------------------------------------------------------------------------------------------------
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    """How long a call takes."""
-    start = time.monotonic()
-    work()
-    return time.monotonic() - start
-
-
 def test_hostile_answers(brisk: Server, tmp_path: Path) -> None:
-    """Most are decided at once, the others end at the deadline; what a busy machine adds is measured beside them."""
+    """Most are decided as quickly as harmless ones beside them, few take the whole deadline, and none takes more."""
     bait = tmp_path / "created"
     answers = {**HOSTILE, **code_answers(str(bait))}
-    harmless = nemo_request(box("41"), "42")
-    seconds, quiet = {}, []
+    hostile, harmless, late = {}, [], []
     for gold in ("42", r"\frac{\sqrt{3}}{2}", "x^2+1"):
-        for name, text in answers.items():
+        for number, (name, text) in enumerate(answers.items(), 2):
             start = time.monotonic()
             status, _, reply = brisk.request("POST", "/verify", nemo_request(text, gold))
-            seconds[name, gold] = time.monotonic() - start
+            hostile[name, gold] = time.monotonic() - start
             assert (status, reply["reward"]) == (200, 0.0), (name, gold, reply)
-            quiet.append(seconds_of(lambda: brisk.request("POST", "/verify", harmless)))
-    busy = sorted(quiet)[len(quiet) * 9 // 10]
-    slowest = sorted((value, key) for key, value in seconds.items())[-12:]
-    assert sum(value < 0.05 + 5 * busy for value in seconds.values()) >= 0.95 * len(seconds), slowest
-    assert slowest[-1][0] < 0.4 + 1 + 5 * busy, slowest
+            late += [(name, gold)] if reply["status"] == "timeout" else []
+            start = time.monotonic()
+            brisk.request("POST", "/verify", nemo_request(box(rf"\sqrt{{{number}}} + 1"), gold))
+            harmless.append(time.monotonic() - start)
+    slowest = max(hostile.values())
+    assert statistics.median(hostile.values()) < 0.01 + 3 * statistics.median(harmless)
+    assert len(late) <= 0.06 * len(hostile), late
+    assert slowest < 0.5 + 1 + 3 * max(harmless)
     assert not bait.exists()
     assert wait_until(lambda: brisk.metric("reward_server_in_flight") == 0)
     memory = {}
@@ -556,26 +555,26 @@ def test_fuzz_items(server: Server, items: list[tuple[str, str]]) -> None:
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-def test_lost_workers_are_replaced() -> None:
-    with running("--workers", "2") as server:
+def test_lost_workers_are_replaced(custom: Path) -> None:
+    with running("--verifier", f"{custom}:verdict", "--workers", "2") as server:
 
-        def ask(i: int) -> str:
-            return server.batch((box(rf"\sqrt{{2}}+{i}"), rf"{i}+\sqrt{{2}}"))[0]["status"]
+        def ask(count: int) -> list[str]:
+            return [server.batch(("a text", {}))[0]["status"] for _ in range(count)]
 
-        assert ask(0) == "correct"
+        assert ask(1) == ["correct"]
         nursery = descendants(server.process.pid)[0]
         for victim in descendants(nursery):
             os.kill(victim, signal.SIGKILL)
         time.sleep(0.1)
-        assert [ask(i) for i in range(4)] == ["correct"] * 4  # an idle worker that died is noticed before it is asked
+        assert ask(4) == ["correct"] * 4  # an idle worker that died is noticed before it is asked
         for victim in descendants(nursery):
             os.kill(victim, signal.SIGSTOP)
         start = time.monotonic()
-        assert [ask(i) for i in range(10, 12)] == ["timeout", "correct"]
-        assert time.monotonic() - start < 2
+        assert ask(2) == ["timeout", "correct"]
+        assert time.monotonic() - start < 4
         os.killpg(nursery, signal.SIGKILL)
         time.sleep(0.1)
-        assert [ask(i) for i in range(20, 24)] == ["correct"] * 4
+        assert ask(4) == ["correct"] * 4
 
 
 def test_a_stopped_nursery_is_replaced(monkeypatch: pytest.MonkeyPatch, custom: Path) -> None:
@@ -686,7 +685,7 @@ def test_address_unknown_and_port_taken() -> None:
         port = str(taken.getsockname()[1])
         for arguments in (["--port", port], ["--host", "not-an-address.invalid"]):
             command = [sys.executable, ROOT / "reward_server.py", *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             assert done.returncode != 0
             assert len(done.stderr.strip().splitlines()) == 1
             assert arguments[1] in done.stderr

@@ -80,7 +80,7 @@ _PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}|[\u3040-\u9fff]{2}")
 _VALUE = re.compile(r"\d|\\(?!end|\])")
 _SAID = re.compile(r"(?i)\b(?:answer|solution|result)(?: is\b|:)|<answer>")
 _DISPLAY = re.compile(rf"{_FORMULA.pattern}|\*\*([^*\n]+)\*\*|\\begin\{{align\*?\}}(.+?)\\end\{{align", re.S)
-_NOTE = re.compile(r"(?<=[^\sa-zA-Z]) ?(?:\\approx|≈|\\p?mod(?![a-z])).*", re.S)
+_NOTE = re.compile(r"(?<=[^\sa-zA-Z]) ?(?:\\approx|≈).*", re.S)
 
 
 def _closing(text: str, start: int) -> int:
@@ -148,8 +148,8 @@ def _last_statement(text: str) -> str | None:
 
 def _last_side(formula: str) -> str:
     """The last side of a chain, without a note such as `\\approx 1.3`; lists and equations of variables stay whole."""
-    formula = _NOTE.sub("", formula.rstrip(" ."))
-    sides, _ = _split(re.sub(r"\\equiv|\\approx|≈", "=", formula), "=")
+    formula = re.sub(r"\\approx|≈", "=", _NOTE.sub("", formula.rstrip(" .")))
+    sides, _ = _split(formula, "=")
     chain = len(sides) > 2 or not re.search(r"(?<![\\a-zA-Z])[a-z](?![a-z])", sides[0])
     return sides[-1].strip(" &") if chain and not re.search(r",(?!\d{3}|\\!)|[<>!]=", formula) else formula
 
@@ -214,7 +214,7 @@ _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _TOKEN = r"(?:[0-9a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument without braces
 _BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _NEAT = re.compile(r"[-+]?[\d.,]{1,40}|[a-zA-Z]")  # nothing to rewrite but the commas
-_END = re.compile(r"(?:\\\\|(?<!\\),|(?<!\.)\.|\s)+$")
+_END = re.compile(r"(?<![\\,.\s])(?:[\\,\s]|(?<!\.)\.)+$")  # from the start of a run only, or the search is quadratic
 _WRAPPED = re.compile(
     r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]"
     r"|\*\*([^*]+)\*\*|([`\"'])([^`\"']+)\6|\\(?:boxed|fbox)\s*\{(.*)\}",
@@ -241,6 +241,7 @@ _SPELLING = _table(
     (?:\{{ ?\}})?\^ ?\{{?(\d+)\}}? ?C ?_ ?\{{?(\d+)\}}?  \\binom{{\1}}{{\2}}
     <=  ≤
     >=  ≥
+    !=  ≠
     ^[a-zA-Z] ?\\in ?(?=\\\{{ ?-?\d)
     \+? ?∞|\\text\{{ ?infinity ?\}}|(?<![a-zA-Z\\])infinity(?![a-zA-Z])  ∞
     \\text\{{ ?cis ?\}}|(?<![a-zA-Z\\])cis(?![a-zA-Z])  \\cis~
@@ -267,6 +268,7 @@ _SPELLING = _table(
     \\frac ?\{{ ?\\text\{{([^{{}}]*)\}} ?\}} ?\{{ ?\\text\{{([^{{}}]*)\}} ?(\^ ?\d)? ?\}}  \\text{{\1/\2\3}}
     \\?\$(?= ?[-+]?[\d.\\])|(?<=\d) ?\\?\$$  USD
     (?:^|(?<=[=≈])) ?([-+]?) ?(?:US)?(USD|EUR|GBP) ?(.*)  \1\3\\text{{~\2}}
+    (?<=\d) ?(USD|EUR|GBP)$  \\text{{~\1}}
     """
 )
 _MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}

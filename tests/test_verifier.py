@@ -310,6 +310,8 @@ MORE = [
     ("A", "(A)^2", False),
     (r"\text{(A)}", r"\text{(A)} + 1", False),
     ("7", "7\\\\", True),
+    ("7.25", "7.25$", True),
+    ("x != 3", r"x \neq 3", True),
     ("180-x", r"180^\circ - x", True),
     ("6", r"\text{6 ways}", True),
     ("6", r"\text{6 or 7}", False),

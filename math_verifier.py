@@ -55,6 +55,7 @@ _BETWEEN_BOXES = re.compile(
     r"(?:[\s$*,;]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|\\text\{[ ,]{0,3}(?:and|or)[ ,]{0,3}\}|\b(?:and|or)\b)+",
     re.S,
 )
+_JOINER_BEFORE = re.compile(r"(?:[,;]|and|or|quad)[^a-zA-Z0-9]*$")
 # The first letter is left out: the marker is found by searching backwards for "nswer".
 _STATEMENT = re.compile(
     r"(?i)(?:(?<=\ba)nswer[ \t*_]{0,6}[:：]|(?<=final a)nswer is\b[ \t]*:?|####|答案[是为]?[ \t]*[:：]?)[ \t*_]{0,8}"
@@ -120,6 +121,8 @@ def _last_boxes(text: str) -> tuple[int, str] | None:
         if end >= 0:
             last, following = (last if contents else place), place
             contents.insert(0, text[match.end() : end].strip() if match[1] else match[2].strip("$."))
+            if not _JOINER_BEFORE.search(text[max(0, place - 80) : place]):
+                break  # to look for another box in all of the text would take as long again
     return (last, ", ".join(contents) if all(contents) else "") if contents else None
 
 
@@ -171,7 +174,10 @@ def _fall_back(text: str) -> str | None:
 def extract_answer(text: str, *, lenient: bool = False) -> str | None:
     """Return the answer written in a response, or None. Linear time, at most the last 64 KB are read."""
     opened, closed = text.rfind("<think>"), text.rfind("</think>")
-    text = text[:opened] if opened > closed else text.rpartition("</think>")[2]
+    if opened > closed:
+        text = text[:opened]
+    elif closed >= 0:
+        text = text[closed + len("</think>") :]
     text = text[-TAIL_CHARS:]
     place, box = _last_boxes(text) or (0, None)
     answer = _last_statement(text[place:]) or box

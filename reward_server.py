@@ -37,7 +37,6 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import h11
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
@@ -46,7 +45,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from uvicorn import Config, Server
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import math_verifier
 from llm_judge import Judge
@@ -116,8 +115,9 @@ Batch = struct("Batch", [("items", list[Item])])
 Part = struct("Part", [("type", str, ""), ("text", str | None, None)])
 Output = struct("Output", [("type", str, ""), ("content", list[Part] | str | None, None)])
 GymResponse = struct("GymResponse", [("output", list[Output])])
-GymRequest = struct("GymRequest", [("responses_create_params", AnyRow), ("response", GymResponse)])
-GymMathRow = struct("GymMathRow", [("expected_answer", str), ("question", str)])
+gym_fields = [("responses_create_params", AnyRow), ("response", GymResponse)]
+GymRow = struct("GymRow", gym_fields)
+GymMathRow = struct("GymMathRow", [*gym_fields, ("expected_answer", str), ("question", str)])
 Session = struct("Session", [("resources_session_id", str, "")], omit_defaults=True)
 Rollout = struct("Rollout", [("reward", float), ("mask_sample", bool, False)])
 Rollouts = struct("Rollouts", [("verify_responses", list[Rollout])])
@@ -317,10 +317,10 @@ class RewardServer:
     async def verify(self, request: Request) -> Response:
         """NeMo Gym's /verify: the request less `question`, plus the verdict. It waits; Gym would not ask again."""
         body = await self.read(request)
-        messages = [item.content for item in decode(body, GymRequest).response.output if item.type == "message"]
+        row = decode(body, GymMathRow if self.verifier == "math" else GymRow)
+        messages = [item.content for item in row.response.output if item.type == "message"]
         parts = [part for content in messages if isinstance(content, list) for part in content]
         text = "".join(part.text or "" for part in parts if part.type == "output_text")
-        row = decode(body, GymMathRow if self.verifier == "math" else AnyRow)
         verdict = self.at_once(text, row)
         if not self.is_final(verdict):
             verdict = await while_connected(request, self.finish(verdict, text, row, body))
@@ -370,19 +370,37 @@ class RewardServer:
         return Response(generate_latest(METRICS), media_type=CONTENT_TYPE_LATEST)
 
 
-class HttpConnection(H11Protocol):
-    """uvicorn's, with a limit that it lacks: on the time in which a request's head arrives."""
+class HttpConnection(HttpToolsProtocol):
+    """uvicorn's, with limits that it lacks: on the size of a request's head, and on the time in which it arrives."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.head_timer = self.loop.call_later(READ_SECONDS, transport.abort)
+        self.begin_head()
+
+    def begin_head(self) -> None:
+        self.head_bytes = 0
+        self.head_timer = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self.head_timer.cancelled():  # not the connection's first request
+            self.begin_head()
+
+    def on_headers_complete(self) -> None:
+        self.head_timer.cancel()
+        if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+            raise ValueError("the head is too large")  # the parser turns this into a reply of 400
+        super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:  # a whole head is here
-            self.head_timer.cancel()
-        elif self.head_timer.cancelled():  # the next head has begun
-            self.head_timer = self.loop.call_later(READ_SECONDS, self.transport.abort)
+        self.head_bytes += len(data)
+        if self.head_bytes > MAX_HEAD_BYTES and not self.head_timer.cancelled():
+            self.transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.head_timer.cancel()
+        super().connection_lost(error)
 
 
 def watch_parent(parent: int) -> None:
@@ -456,7 +474,6 @@ def main(argv: list[str] | None = None) -> None:
         lifespan="off",
         log_level="error",
         limit_concurrency=MAX_CONNECTIONS,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(args.deadline + (args.judge_deadline if judge else 0)) + 5,
     )

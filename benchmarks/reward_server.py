@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one load run")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "reward_server.json")
     args = parser.parse_args()
-    packages = ("math-verify", "sympy", "uvicorn", "h11", "starlette", "msgspec")
+    packages = ("math-verify", "sympy", "uvicorn", "httptools", "starlette", "msgspec")
     results: dict[str, Any] = {"environment": environment(packages) | {"load_average": os.getloadavg()[0]}}
     ready = []
     for _ in range(args.repeats):

@@ -106,14 +106,6 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def brisk() -> Iterator[Server]:
-    """The server for answers that take the whole deadline: many of them in little time."""
-    with running("--deadline", "0.5") as one:
-        one.batch((box("x+x"), "2x"))
-        yield one
-
-
-@pytest.fixture(scope="module")
 def custom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A script with verifiers, whose workers need no algebra and so start at once."""
     script = tmp_path_factory.mktemp("verifiers") / "custom.py"
@@ -350,7 +342,7 @@ def test_gym_waits_where_others_are_told_to_come_again(custom: Path) -> None:
 # -- hostile input -----------------------------------------------------------------------------------------------------
 
 
-def test_hostile_answers(brisk: Server, tmp_path: Path) -> None:
+def test_hostile_answers(server: Server, tmp_path: Path) -> None:
     """Most are decided as quickly as harmless ones beside them, few take the whole deadline, and none takes more."""
     bait = tmp_path / "created"
     answers = {**HOSTILE, **code_answers(str(bait))}
@@ -358,28 +350,28 @@ def test_hostile_answers(brisk: Server, tmp_path: Path) -> None:
     for gold in ("42", r"\frac{\sqrt{3}}{2}", "x^2+1"):
         for number, (name, text) in enumerate(answers.items(), 2):
             start = time.monotonic()
-            status, _, reply = brisk.request("POST", "/verify", nemo_request(text, gold))
+            status, _, reply = server.request("POST", "/verify", nemo_request(text, gold))
             hostile[name, gold] = time.monotonic() - start
             assert (status, reply["reward"]) == (200, 0.0), (name, gold, reply)
             late += [(name, gold)] if reply["status"] == "timeout" else []
             start = time.monotonic()
-            brisk.request("POST", "/verify", nemo_request(box(rf"\sqrt{{{number}}} + 1"), gold))
+            server.request("POST", "/verify", nemo_request(box(rf"\sqrt{{{number}}} + 1"), gold))
             harmless.append(time.monotonic() - start)
     slowest = max(hostile.values())
     assert statistics.median(hostile.values()) < 0.01 + 3 * statistics.median(harmless)
     assert len(late) <= 0.06 * len(hostile), late
-    assert slowest < 0.5 + 1 + 3 * max(harmless)
+    assert slowest < 1 + 1 + 3 * max(harmless)
     assert not bait.exists()
-    assert wait_until(lambda: brisk.metric("reward_server_in_flight") == 0)
+    assert wait_until(lambda: server.metric("reward_server_in_flight") == 0)
     memory = {}
-    for pid in [brisk.process.pid, *descendants(brisk.process.pid)]:
+    for pid in [server.process.pid, *descendants(server.process.pid)]:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         memory[pid] = int(re.search(r"^Pss:\s+(\d+)", rollup, re.M)[1]) >> 10
     assert sum(memory.values()) < 1_000, memory  # MB
 
 
-def test_hostile_gold(brisk: Server) -> None:
-    results = brisk.batch(*[(box("42"), text[7:-1][:3_000]) for text in HOSTILE.values()])
+def test_hostile_gold(server: Server) -> None:
+    results = server.batch(*[(box("42"), text[7:-1][:3_000]) for text in HOSTILE.values()])
     for (name, text), result in zip(HOSTILE.items(), results, strict=True):
         assert result["status"] in ("wrong", "unparsable_gold", "timeout", "correct"), name
         assert result["reward"] == 0.0 or "42" in text[7:-1], name

@@ -174,10 +174,7 @@ def _fall_back(text: str) -> str | None:
 def extract_answer(text: str, *, lenient: bool = False) -> str | None:
     """Return the answer written in a response, or None. Linear time, at most the last 64 KB are read."""
     opened, closed = text.rfind("<think>"), text.rfind("</think>")
-    if opened > closed:
-        text = text[:opened]
-    elif closed >= 0:
-        text = text[closed + len("</think>") :]
+    text = text[:opened] if opened > closed else text[max(closed, 0) :].removeprefix("</think>")
     text = text[-TAIL_CHARS:]
     place, box = _last_boxes(text) or (0, None)
     answer = _last_statement(text[place:]) or box

@@ -398,10 +398,6 @@ class HttpConnection(HttpToolsProtocol):
         if self.head_bytes > MAX_HEAD_BYTES and not self.head_timer.cancelled():
             self.transport.abort()
 
-    def connection_lost(self, error: Exception | None) -> None:
-        self.head_timer.cancel()
-        super().connection_lost(error)
-
 
 def watch_parent(parent: int) -> None:
     """End the server when its parent has ended: nothing may stay behind, even after SIGKILL."""

@@ -770,7 +770,7 @@ def _compare_groups(gold: Group, answer: Group, rest: Rest) -> bool | None:
             items[place] = tuple(values)
         elif (place == 1 and len(items[1]) == 2) or "=" in "".join(items[place]) or "∞" in "".join(items[place]):
             return False  # the ends of an interval are not the interval
-    elif len(kinds) == 2 and (kinds & {"list", "{}", "matrix", ":"} or len(gold.items) == 2):
+    elif len(kinds) == 2 and (kinds != {"()", "[]"} or len(gold.items) == 2):
         return False  # the brackets of intervals matter
     return gold.columns == answer.columns and _same_items(*items, True, rest)
 

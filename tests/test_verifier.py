@@ -622,6 +622,7 @@ KINDS = [
     ("(-7,7)", r"\pm 7", False),
     ("(3,8)", "3, 8", False),
     ("(3,8,9)", "3, 8, 9", True),
+    ("(3,8,9)", "[3,8,9)", False),
     ("(3,8)", r"\{x \mid 3<x<8\}", True),
     (r"(-\infty,3)\cup(3,5)", r"x<5, x \ne 3", True),
     (r"(-\infty,3)\cup(3,5)", r"x \le 5, x \ne 3", False),

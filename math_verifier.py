@@ -58,8 +58,8 @@ _BETWEEN_BOXES = re.compile(
 _JOINER_BEFORE = re.compile(r"(?:[,;]|and|or|quad)[^a-zA-Z0-9]*$")
 # The first letter is left out: the marker is found by searching backwards for "nswer".
 _STATEMENT = re.compile(
-    r"(?i)(?:(?<=\ba)nswer[ \t*_]{0,6}[:：]|(?<=final a|rrect a)nswer is\b[ \t]*:?|####|答案[是为]?[ \t]*[:：]?)[ \t*_]{0,8}"
-    r"([^\n]*)(?:\n\s{0,8}(?:(?:\$\$|\\\[)\s{0,8})?([^\n]*))?"
+    r"(?i)(?:(?<=\ba)nswer[ \t*_]{0,6}[:：]|(?<=final a|rrect a)nswer is\b[ \t]*:?|####|答案[是为]?[ \t]*[:：]?)"
+    r"[ \t*_]{0,8}([^\n]*)(?:\n\s{0,8}(?:(?:\$\$|\\\[)\s{0,8})?([^\n]*))?"
 )
 _IS_PREFIX = re.compile(
     r"(?i)^(?:so |thus |hence |therefore )?,? ?(?:the |my )?(?:final )?(?:answer|result|value)?"

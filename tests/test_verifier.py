@@ -814,7 +814,7 @@ EXTRACTION = [
     ("The final answer is 5. Wait.\nAnswer: 6", "6"),
     ("\\boxed{5}? No.\n#### 6", "6"),
     ("\\boxed{5}. No, the correct answer is 6.", "6"),
-    ("The correct answer is (B), because 3 > 2.", "(B)"),
+    ("The correct answer is (B) because 3 > 2.", "(B)"),
     ("So \\boxed{255}. Final Answer: The final answer is $10,455$. I hope it is correct.", "10,455"),
     ("最终答案：42", "42"),
     ("### Final Answer:\n\n\\[\n42\n\\]", "42"),

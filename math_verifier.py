@@ -7,34 +7,8 @@ parser reads the LaTeX, sympy decides. It must run in a process that can be kill
 An answer passes through four steps: extract -> normalise (one spelling) -> read (a number, a group such as a list or a
 tuple, a set of reals, an equation, text, or else an expression) -> compare by what was read.
 
-The policy, each line with a test in tests/test_verifier.py:
-
-- Only the last 64 KB count, and only what follows `</think>`; reasoning that was cut off is no answer. The last
-  statement wins, whatever its kind: a balanced `\boxed{}`/`\fbox{}` (at most 16 tries, 2,000 characters), `Answer:`,
-  `####`, "final answer is". Boxes joined by nothing but a comma, "and" or `\quad` are one list. `lenient` falls back
-  to the last formula or the last number, as peers' graders do; it is for evaluation, not for training.
-- An empty gold or an empty answer never pays.
-- A list never pays for a single gold ("41 or 42" is a hedge). Bare lists and sets have no order; tuples have one. The
-  two ends of a pair in parentheses may be an interval, so a bare list of two does not pay for it. Brackets of intervals
-  matter; inequalities, set-builders and unions are read as the sets of reals that they name.
-- Numbers are compared exactly: a gold of 3.3 does not accept 10/3, nor 1/3 accept 0.33. Only a gold that is marked as
-  rounded (`\approx 3.14`) accepts what rounds to its printed digits.
-- Thousands separators only between groups of three digits. `1\frac{1}{2}` and `1 1/2` are mixed numbers.
-- Percent is accepted only if the gold says percent (then 50, 50\% and "50 percent" are equal); never a factor of 100.
-- Degrees are not radians: a gold of 60 or 60^\circ accepts 60 and 60^\circ, never \pi/3; \cos 60 is not \cos 60^\circ.
-- Numbers in another base are compared as written: 101_2 equals 101_{2}, and neither 101_3 nor 101 nor 5.
-- `name = value` is its value; in a chain every side must be right: 3+4=7 pays for 7, 8=7 does not, nor does x^2 = 42.
-  A note such as `\approx 31.4` behind an exact value must be right too. Equations are equal up to a factor.
-- A unit after a number is a known unit or a plural noun; words that change the value (fifths, million, squared) or
-  take it back are none. A unit is never a single letter outside \text{}. Two units that differ are wrong.
-- \land, \lor, \wedge, \nabla and everything else that is not elementary algebra is compared as written. Letters before
-  a bracket are factors if they also stand alone somewhere, else functions.
-- Letter case matters for variables, not for words. Every variable of the gold must be the same in the answer.
-- An answer outside the size limits (`_too_complex`) is wrong; a gold outside them can only be matched as written.
-
-NeMo Gym 0.7's math_with_judge differs: there only a complete `\boxed{}` pays. "Answer: 3", `#### 3`, `\boxed 4` and
-`\fbox{4}` pay here and get 0 there, so rows whose prompt asks for "Answer: ..." (DAPO) all get 0 there. Gym also counts
-boxes inside reasoning, refuses 50 for 50\%, and accepts 50\% for 0.5.
+What equals what is the policy in docs/verifier.md, each line of which has tests in tests/test_verifier.py. Where the
+policy is in doubt an answer does not pay: reinforcement learning finds every wrong answer that does.
 """
 
 from __future__ import annotations
@@ -62,7 +36,7 @@ class UnparsableGold(Exception):
     """The reference answer itself cannot be read, so nothing can be said about the answer."""
 
 
-_BRACKET = re.compile(r"\\[{}]|\\.|.", re.S)
+_BRACKET = re.compile(r"\\.|.", re.S)
 
 
 def _walk(text: str) -> Iterator[tuple[int, str, int]]:
@@ -77,28 +51,37 @@ def _walk(text: str) -> Iterator[tuple[int, str, int]]:
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}(\{)|\\boxed(?:\s{1,8}|(?=\d))([^\s{]\S{0,39})")
 _BETWEEN_BOXES = re.compile(
-    r"(?=.*(?:[,;]|and|quad))(?:[\s$*,;]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|\\text\{[ ,]{0,3}and[ ,]{0,3}\}|\band\b)+",
+    r"(?=.*(?:[,;]|and|quad|or))"
+    r"(?:[\s$*,;]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|\\text\{[ ,]{0,3}(?:and|or)[ ,]{0,3}\}|\b(?:and|or)\b)+",
     re.S,
 )
+_JOINER_BEFORE = re.compile(r"(?:[,;]|and|or|quad)[^a-zA-Z0-9]*$")
 # The first letter is left out: the marker is found by searching backwards for "nswer".
 _STATEMENT = re.compile(
-    r"(?i)(?:(?<=\ba)nswer[ \t*_]{0,6}[:：]|(?<=final a)nswer is\b[ \t]*:?|####|答案[是为]?[ \t]*[:：]?)[ \t*_]{0,8}"
-    r"([^\n]*)(?:\n\s{0,8}(?:(?:\$\$|\\\[)\s{0,8})?([^\n]*))?"
+    r"(?i)(?:(?<=\ba)nswer[ \t*_]{0,6}[:：]|(?<=final a|rrect a)nswer is\b[ \t]*:?|####|答案[是为]?[ \t]*[:：]?)"
+    r"[ \t*_]{0,8}([^\n]*)(?:\n\s{0,8}(?:(?:\$\$|\\\[)\s{0,8})?([^\n]*))?"
 )
 _IS_PREFIX = re.compile(
     r"(?i)^(?:so |thus |hence |therefore )?,? ?(?:the |my )?(?:final )?(?:answer|result|value)?"
     r" {0,4}(?:is|are|:|=) {0,4}:? {0,4}"
 )
 _SENTENCE_END = re.compile(
-    r"(?<=[^.\s])[.?!](?=\s|$)(?!\s*\d)|\s{1,4}I hope it is correct|<\|[a-z_]{1,20}\|>|</s>|</answer>"
+    r"(?<=[^.\s])(?:[.?]|(?<!\d)!)(?=\s|$)(?!\s*\d)|\s{1,4}I hope it is correct|<\|[a-z_]{1,20}\|>|</s>|</answer>"
     r"| (?:since|because) |, [a-z]{4,20}\.?$"
 )
-# "The largest n is 34", but nothing with a second verb or a comma, which may say more.
-_ONE_IS = re.compile(r"^(?:(?! is | are | not |[,;=]).){1,200} (?:is|are|equals) (?=[-+\d$\\(])(?!.* (?:is|are) )")
+# "The largest n is 34", but nothing with a negation, a second verb or a comma, which may say more.
+_ONE_IS = re.compile(
+    r"^(?:(?! is | are |\b(?:not?|nor|never|except|hardly)\b|[,;=]).){1,200} "
+    r"(?:is|are|equals) (?=[-+\d$\\(])(?!.* (?:is|are) )"
+)
 _FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]", re.S)
 _PERCENT = r"(?: ?\\?%| ?(?:percent|pct)\b)"
 _LAST_NUMBER = re.compile(rf"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?{_PERCENT}?")
-_PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}")
+_PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}|[\u3040-\u9fff]{2}")
+_VALUE = re.compile(r"\d|\\(?!end|\])")
+_SAID = re.compile(r"(?i)\b(?:answer|solution|result)(?: is\b|:)|<answer>")
+_DISPLAY = re.compile(rf"{_FORMULA.pattern}|\*\*([^*\n]+)\*\*|\\begin\{{align\*?\}}(.+?)\\end\{{align", re.S)
+_NOTE = re.compile(r"(?<=[^\sa-zA-Z]) ?(?:\\approx|≈).*", re.S)
 
 
 def _closing(text: str, start: int) -> int:
@@ -130,11 +113,16 @@ def _last_boxes(text: str) -> tuple[int, str] | None:
         end = match.end() - 1 if match else -1
         if match and match[1]:
             end = _closing(text, end)
-        if contents and (end < 0 or not _BETWEEN_BOXES.fullmatch(text[end + 1 : following][:80])):
+        between = text[end + 1 : following][:80] if contents else ""
+        if contents and (end < 0 or not _BETWEEN_BOXES.fullmatch(between)):
             break
+        if "or" in between:
+            return last, ""  # a hedge
         if end >= 0:
             last, following = (last if contents else place), place
             contents.insert(0, text[match.end() : end].strip() if match[1] else match[2].strip("$."))
+            if not _JOINER_BEFORE.search(text[max(0, place - 80) : place]):
+                break  # to look for another box in all of the text would take as long again
     return (last, ", ".join(contents) if all(contents) else "") if contents else None
 
 
@@ -161,22 +149,32 @@ def _last_statement(text: str) -> str | None:
     return None
 
 
+def _last_side(formula: str) -> str:
+    """The last side of a chain, without a note such as `\\approx 1.3`; lists and equations of variables stay whole."""
+    formula = re.sub(r"\\approx|≈", "=", _NOTE.sub("", formula.rstrip(" .")))
+    sides, _ = _split(formula, "=")
+    chain = len(sides) > 2 or not re.search(r"(?<![\\a-zA-Z])[a-z](?![a-z])", sides[0])
+    return sides[-1].strip(" &") if chain and not re.search(r",(?!\d{3}|\\!)|[<>!]=", formula) else formula
+
+
 def _fall_back(text: str) -> str | None:
-    """The last formula, or the last number where no formula follows it, as peers' graders do."""
-    text = text[-MAX_BOX_CHARS:].strip()
-    if text and not _PROSE.search(text) and not _FORMULA.search(text):
-        return text
-    formulas = [(match.end(), match[match.lastindex]) for match in _FORMULA.finditer(text)]
-    end, formula = formulas[-1] if formulas else (0, "")
+    """What the last "answer is" says; else the last formula or, where no formula follows it, the last number."""
+    whole, *said = _SAID.split(text[-MAX_BOX_CHARS:])
+    text = (said[-1] if said else whole).strip()
+    line = _tidy_line(text.partition("\n")[0]) if said else text.rpartition("\n")[2]
+    if (line == text or _VALUE.search(line)) and not _PROSE.search(line) and not _DISPLAY.search(line):
+        return _last_side(line) or None
+    formulas = [(match.end(), match[match.lastindex]) for match in _DISPLAY.finditer(text)]
+    end, formula = next((found for found in reversed(formulas) if _VALUE.search(found[1])), (formulas or [(0, "")])[-1])
     numbers = _LAST_NUMBER.findall(text, end)
     percent = re.match(_PERCENT, text[end:])
-    return numbers[-1] if numbers else formula + (percent[0] if percent else "") or None
+    return numbers[-1] if numbers else _last_side(formula) + (percent[0] if percent else "") or None
 
 
 def extract_answer(text: str, *, lenient: bool = False) -> str | None:
     """Return the answer written in a response, or None. Linear time, at most the last 64 KB are read."""
     opened, closed = text.rfind("<think>"), text.rfind("</think>")
-    text = text[:opened] if opened > closed else text.rpartition("</think>")[2]
+    text = text[:opened] if opened > closed else text[max(closed, 0) :].removeprefix("</think>")
     text = text[-TAIL_CHARS:]
     place, box = _last_boxes(text) or (0, None)
     answer = _last_statement(text[place:]) or box
@@ -219,7 +217,7 @@ _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _TOKEN = r"(?:[0-9a-zA-Z]|\\[a-zA-Z]+)"  # what TeX takes as an argument without braces
 _BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _NEAT = re.compile(r"[-+]?[\d.,]{1,40}|[a-zA-Z]")  # nothing to rewrite but the commas
-_END = re.compile(r"(?:\\\\|(?<!\\),|(?<!\.)\.|\s)+$")
+_END = re.compile(r"(?<![\\,.\s])(?:[\\,\s]|(?<!\.)\.)+$")  # from the start of a run only, or the search is quadratic
 _WRAPPED = re.compile(
     r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]"
     r"|\*\*([^*]+)\*\*|([`\"'])([^`\"']+)\6|\\(?:boxed|fbox)\s*\{(.*)\}",
@@ -247,7 +245,7 @@ _SPELLING = _table(
     <=  ≤
     >=  ≥
     !=  ≠
-    (?<=[)\]]) ?- ?(?=\\\{{)  ∖
+    ^[a-zA-Z] ?\\in ?(?=\\\{{ ?-?\d)
     \+? ?∞|\\text\{{ ?infinity ?\}}|(?<![a-zA-Z\\])infinity(?![a-zA-Z])  ∞
     \\text\{{ ?cis ?\}}|(?<![a-zA-Z\\])cis(?![a-zA-Z])  \\cis~
     \\p?mod(?![a-zA-Z]) ?(\w+)  \\pmod{{\1}}
@@ -255,16 +253,15 @@ _SPELLING = _table(
     (?<=[\d.])\\dot ?\{{?(\d)\}}?(?:(\d*)\\dot ?\{{?(\d)\}}?)?  \\overline{{\1\2\3}}
     (?<=\d\.)(\d*)\((\d+)\)$|(?<=[\d.])\\bar ?\{{?(\d+)\}}?  \1\\overline{{\2\3}}
     \s?(?:\^ ?\{{? ?(?:\\circ|°) ?\}}?|\\text\{{ ?deg(?:ree)?s?\.? ?\}}|(?<=[\d}}]) degrees?\b)  °
-    ° ?(?:\\text\{{ ?)?([CF])(?: ?\}})?$  \\text{{\1}}
     \s?(?:\\%|\\text\{{ ?(?:\\?%|per ?cent(?:age)?|pct) ?\}}|(?<=[\d}}]) ?(?:per ?cent(?:age)?|pct)\b)  %
     \\text\{{ ?(?:the set of )?all real(?: number)?s ?\}}|^(?:the set of )?all real(?: number)?s$  \\mathbb{{R}}
     \\mathbb ?\{{? ?R ?\}}? ?(?:[\^_] ?\{{?\+\}}?|_ ?\{{ ?> ?0 ?\}})  (0,∞)
     \\mathbb ?(?:\{{ ?R ?\}}|R(?![a-zA-Z]))(?! ?[_^])  (-∞,∞)
     \\\{{\s*\\\}}  \\emptyset
     ^\\\{{ ?((?:[-+\d./]|\\frac ?\{{\d+\}} ?\{{\d+\}})+) ?\\\}}$  \1
-    (\\frac|\\binom|\\sqrt\[[^\]]*\]) ?({_TOKEN})  \1{{\2}}
+    (\\frac|\\binom) ?({_TOKEN})  \1{{\2}}
     (\\(?:frac|binom) ?{_BRACES}) ?({_TOKEN})  \1{{\2}}
-    \\sqrt ?(\d+(?:\.\d+)?|{_TOKEN})  \\sqrt{{\1}}
+    \\sqrt ?(\[[^\]]*\])? ?(\d+(?:\.\d+)?|{_TOKEN})  \\sqrt\1{{\2}}
     (?<![a-zA-Z}}\]_^])\{{ ?\}}
     \( ?(≈[^()]*)\)$  \1
     ^([a-zA-Z]) ?≠ ?([^,]+), ?([^,<>=≤≥≠]+)$  \1≠\2,\1≠\3
@@ -371,15 +368,6 @@ _POWERS = _table(r"""
     ^(?:sq|square)\.? (.+)$|^(.+) squared$  \1\2^2
     ^(?:cu|cubic)\.? (.+)$|^(.+) cubed$  \1\2^3
 """)
-_UNIT = re.compile(
-    rf"\b(?:(?:{_COUNT}|negative|inverse|factorial|reciprocal|guesse?|percent|root)s?"
-    rf"|(?:{_COUNT}|\w+tie|fif|eigh|nin|twelf)ths?"
-    r"|is|was|isn|not?|or|and|but|if|then|than|the|be|nor|neither|either|minus|plus|times|over|by|divided|more|less|it|its"
-    r"|this|that|as|because|since|so|base|mod|modulo|where|for|with|without|to|through|versus|vs|from|until|equals|except"
-    r"|maybe|perhaps|about|roughly|approximately|wrong|at|below|above|under|unless|possibilities|of)\b"
-)
-_PLURAL = re.compile(r"(?:[a-z]+[ -]){0,3}[a-z]+[^sui\W]s")
-_POWER = re.compile(r"(?:(sq|square)\.? |(cu|cubic)\.? )?(.+?)(?: ?\^ ?\{? ?(-?\d) ?\}?|( squared)|( cubed))?")
 _UNIT = re.compile(
     r"(?: ?\\text\{ ?([a-zA-Z][a-zA-Z ./^0-9-]{0,40}?)\.? ?\}|(?<=[\d}°)]) "
     r"((?:[a-zA-Z]+\.? ){0,2}[a-zA-Z]{2,14}(?:/h)?|[ap]\.m)\.?)(?: ?\^ ?\{? ?(-?\d) ?\}?)?$"
@@ -782,7 +770,7 @@ def _compare_groups(gold: Group, answer: Group, rest: Rest) -> bool | None:
             items[place] = tuple(values)
         elif (place == 1 and len(items[1]) == 2) or "=" in "".join(items[place]) or "∞" in "".join(items[place]):
             return False  # the ends of an interval are not the interval
-    elif len(kinds) == 2 and (kinds & {"list", "{}", "matrix", ":"} or len(gold.items) == 2):
+    elif len(kinds) == 2 and (kinds != {"()", "[]"} or len(gold.items) == 2):
         return False  # the brackets of intervals matter
     return gold.columns == answer.columns and _same_items(*items, True, rest)
 
@@ -852,8 +840,10 @@ WARM_UP = [
     (r"\frac{\sqrt{5} - 1}{2} + e^{i\pi/3}", r"\left(1-x^{11}\right) \cdot \sqrt[3]{2}"),
     (r"\frac{qb}{2\pi\epsilon_0}\left((x-a)^2 + b^2\right)^{-3/2}", r"\frac{h(a_1+b)}{2} - |x|^n + n!"),
     (r"2\sin^2 x\cos(2x) + \ln 2x", r"\binom{n}{2} - \log_2 8 + \arctan 1 - \lfloor x/5 \rfloor"),
-    (r"\sum_{k=1}^{3} k^2", r"\int_0^1 x dx"), ("y = 2x + 3", "2x - y + 3 = 0"), (r"(-\infty, 1)", r"x < 1"),
-]  # fmt: skip
+    (r"\sum_{k=1}^{3} k^2", r"\int_0^1 x dx"),
+    ("y = 2x + 3", "2x - y + 3 = 0"),
+    (r"(-\infty, 1)", r"x < 1"),
+]
 
 
 class _Unreadable(Exception):
@@ -876,7 +866,7 @@ _LETTER = rf"(?:(?<![a-zA-Z\\])[a-zA-Z]|\\(?:{_GREEK})(?![a-zA-Z]))"
 # What is compared as written: derivatives, f'(0), vectors, names of angles and segments, words.
 _ATOM = re.compile(
     r"\\frac ?\{ ?(?:\\partial|d)(?![a-zA-Z]{2})[^{}]*\} ?\{ ?(?:\\partial|d) ?[a-z][^{}]*\}"
-    r"|[a-zA-Z]'+(?: ?\([^()]*\))?|\\text\{[^{}]*\}"
+    r"|[a-zA-Z](?:'+|(?<=[fgFG]) ?\^ ?\{? ?-1 ?\}?(?= ?\())(?: ?\([^()]*\))?|\\text\{[^{}]*\}"
     r"|\\(?:vec|hat|bar|overline|tilde|angle|triangle|overrightarrow) ?(?:\{ ?[A-Za-z]+ ?\}|[A-Za-z]+)"
 )
 _APPLIED = re.compile(rf"({_LETTER}(?:_\{{?\w+\}}?)?) ?\(([^()]*)\)")
@@ -891,7 +881,7 @@ _EXPLICIT = _table(
     ∞  \\infty~
     (?<!\\sqrt)\[  (
     (?<![\d}}])\{{([a-zA-Z])\}}(?=_)  \1
-    _ ?(\w)  _{{\1}}
+    (?<=log)_ ?(\w)|_ ?(\d+|\w)  _{{\1\2}}
     (?<=\d)(?<!\^\d) ?(?=\()|(?<=\)) ?(?=[\d(])  \\cdot~
     (\\(?:{_ELEMENTARY})(?![a-z]) ?{_RAISED})((?:\d|[a-z]|\\pi ?|\^\w|_\w)+)(?= ?(?:\\cdot|\\times|/))  \1(\2)
     \^ ?([-+] ?\w)  ^{{\1}}
@@ -900,6 +890,7 @@ _EXPLICIT = _table(
 _MISREAD = re.compile(
     r"(?<![\\a-zA-Z])[a-zA-Z] ?\\times ?[a-zA-Z]|Q_\{\d+\} ?\\times|\d\s+\d"
     r"|[^\w\s\\+\-*/^(){}\[\]|!.=]|\b0 ?\^ ?\{? ?0|[\d)] ?_"
+    r"|[A-Z] ?\^ ?\{? ?(?:T(?![a-z])|-1 ?\} ?[A-Z])|[A-Z] ?[A-Z] ?\^ ?\{ ?-1"  # matrices do not commute
 )
 
 
@@ -918,14 +909,21 @@ class _Reader:
     """Reads LaTeX of two texts with math-verify's parser, after spelling out what that parser would misread.
 
     What is no elementary algebra becomes a symbol, the same one wherever it is written alike. A letter that stands only
-    before brackets in both texts is a function: f in f(x) + f(y), but not h in h(a + b) - ah.
+    before brackets in both texts is a function: f in f(x) + f(y), but not h in h(a + b) - ah. The answer alone cannot
+    make a factor of a function that the gold calls f or applies twice, as in T(n - 1) + T(n - 2).
     """
 
     def __init__(self, *texts: str):
         self.atoms: dict[str, str] = {}
-        text = " ; ".join(texts)
-        applied = {match[1].strip() for match in re.finditer(rf"({_LETTER}) ?(?=\()", text)}
-        self.functions = applied - {match[1].strip() for match in re.finditer(rf"({_LETTER})(?! ?\()", text)}
+        self.functions = set(self.only_applied(" ; ".join(texts)))
+        applied = self.only_applied(texts[0])
+        self.functions |= {letter for letter in applied if letter == "f" or applied.count(letter) > 1}
+
+    @staticmethod
+    def only_applied(text: str) -> list[str]:
+        """The letters that stand before brackets, as often as they do, less those that also stand alone."""
+        alone = re.findall(rf"({_LETTER})(?! ?\()", text)
+        return [letter for letter in re.findall(rf"({_LETTER})(?= ?\()", text) if letter not in alone]
 
     def atom(self, name: str) -> str:
         """The symbol that stands for a name."""
@@ -938,9 +936,6 @@ class _Reader:
 
     def read(self, text: str) -> Any:
         """A sympy expression, or _Unreadable."""
-        from latex2sympy2_extended import latex2sympy
-        from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-
         if _TRIG.search(text):
             text = re.sub(r"(\d+(?:\.\d+)?|[a-z]|\))°", r"(\1\\cdot\\frac{\\pi}{180})", text)
         text = _ATOM.sub(lambda match: self.atom(_squeeze(match[0])), text.replace("°", ""))
@@ -956,10 +951,8 @@ class _Reader:
         text = _APPLIED.sub(self.applied, text)
         if _MISREAD.search(text) or not all(map(_KNOWN.fullmatch, re.findall(r"\\([a-zA-Z]+|.)", text))):
             raise _Unreadable(text[:40])
-        config = ConversionConfig(lowercase_symbols=False)
-        options = {"is_real": True, "convert_degrees": False, "normalization_config": None, "conversion_config": config}
         try:
-            return _meaning(latex2sympy(text, **options))
+            return _parse(text)
         except (MemoryError, RecursionError, _Unreadable):
             raise
         except Exception as error:  # whatever the parser raises, it did not read this
@@ -1005,10 +998,16 @@ class _Reader:
         return relation.as_set(), {str(symbol) for symbol in relation.free_symbols}
 
 
-def _meaning(expr: Any) -> Any:
-    """i is imaginary, odd roots are real, sums and integrals are computed."""
+@lru_cache(maxsize=256)  # of lists, every item is compared with every other
+def _parse(text: str) -> Any:
+    """LaTeX as a sympy expression in which i is imaginary, odd roots are real, sums and integrals are computed."""
     import sympy
+    from latex2sympy2_extended import latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
+    config = ConversionConfig(lowercase_symbols=False)
+    options = {"is_real": True, "convert_degrees": False, "normalization_config": None, "conversion_config": config}
+    expr = latex2sympy(text, **options)
     expr = sympy.sympify(expr).subs({sympy.Symbol("i", real=True): sympy.I, sympy.Symbol("i"): sympy.I})
     expr = expr.replace(
         lambda e: e.is_Pow and e.exp.is_Rational and e.exp.q % 2 == 1 < e.exp.q and e.base.is_extended_real,
@@ -1022,29 +1021,34 @@ def _meaning(expr: Any) -> Any:
 
 
 def _points(names: list[Any], *exprs: Any) -> list[dict[Any, Any]]:
-    """Fixed points to compare functions at: near 0 and on both signs; far out too where functions have corners."""
+    """Fixed points to compare functions at: near 0; where functions have corners, at integers and far out as well."""
     import sympy
 
-    corners = any(expr.has(sympy.Abs, sympy.floor, sympy.ceiling, sympy.sign) for expr in exprs) or any(
+    steps = any(expr.has(sympy.floor, sympy.ceiling) for expr in exprs)
+    corners = any(expr.has(sympy.Abs, sympy.sign) for expr in exprs) or any(
         power.exp.is_Rational and power.exp.q > 1 and not power.base.is_Atom
         for e in exprs
         for power in e.atoms(sympy.Pow)
     )
-    size = 2 + max((abs(number) for expr in exprs for number in expr.atoms(sympy.Integer)), default=1)
-    spans = [1, 1, 4, 4, 4, 30] + [3 * min(size, 10**12)] * 8 * corners
+    spans = [1, 1, 4, 4, 4, 30] + [10**3, 10**3, 10**6, 10**6, 10**9, 10**9, 10**12, 10**12] * (corners or steps)
     draw = random.Random(0)
     points = []
     for index, span in enumerate(spans if names else [1]):
-        signs = (1, 1 if index < 2 else -1)
-        points.append(
-            {name: sympy.Rational(draw.randint(1, 10**6), 10**6) * span * draw.choice(signs) for name in names}
-        )
+        point = {}
+        for bit, name in enumerate(names):  # after the first two, the bits of the index are the signs
+            sign = -1 if index > 1 and index >> bit % 3 & 1 else 1
+            value = sympy.Rational(draw.randint(1, 10**6), 10**6) * span * sign
+            point[name] = sympy.floor(value) if steps and index % 4 == 3 else value
+        points.append(point)
     return points
 
 
 def _parts(expr: Any, point: dict[Any, Any]) -> list[Any] | None:
     """Real and imaginary part at a point, 0 where nothing but rounding is left; None where there is no value."""
-    for digits in (60, 10_000):
+    import sympy
+
+    expr = expr.subs(point) if expr.has(sympy.floor, sympy.ceiling) else expr  # at an integer, rounding would decide
+    for digits in (60, 300, 10_000):
         value = expr.evalf(20, subs=point, maxn=digits)
         parts = value.as_real_imag() if value.is_number else (None,)
         if not all(part is not None and (part.is_Float or part.is_Integer) and part.is_finite for part in parts):

@@ -7,7 +7,7 @@ r"""HTTP math verifier for RL, usable from any trainer: right, fast, and impossi
     from reward_server import verify
     verify(r"... so \boxed{\frac{6}{4}}", "3/2").reward    # 1.0, in process, with the same hard deadline
 
-- What equals what is decided in math_verifier.py, whose docstring states the policy. Exact comparisons (numbers, text,
+- What equals what is decided in math_verifier.py by the policy in docs/verifier.md. Exact comparisons (numbers, text,
   lists of them) take microseconds and run on the event loop; they never wait for anybody.
 - Algebra and custom verifiers run in processes that are killed at a deadline (verifier_pool.py). One batch has all of
   them but one, batches take turns, and what a client was waiting for is dropped when it leaves.
@@ -37,7 +37,6 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import h11
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
@@ -46,7 +45,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from uvicorn import Config, Server
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import math_verifier
 from llm_judge import Judge
@@ -116,8 +115,9 @@ Batch = struct("Batch", [("items", list[Item])])
 Part = struct("Part", [("type", str, ""), ("text", str | None, None)])
 Output = struct("Output", [("type", str, ""), ("content", list[Part] | str | None, None)])
 GymResponse = struct("GymResponse", [("output", list[Output])])
-GymRequest = struct("GymRequest", [("responses_create_params", AnyRow), ("response", GymResponse)])
-GymMathRow = struct("GymMathRow", [("expected_answer", str), ("question", str)])
+gym_fields = [("responses_create_params", AnyRow), ("response", GymResponse)]
+GymRow = struct("GymRow", gym_fields)
+GymMathRow = struct("GymMathRow", [*gym_fields, ("expected_answer", str), ("question", str)])
 Session = struct("Session", [("resources_session_id", str, "")], omit_defaults=True)
 Rollout = struct("Rollout", [("reward", float), ("mask_sample", bool, False)])
 Rollouts = struct("Rollouts", [("verify_responses", list[Rollout])])
@@ -317,10 +317,10 @@ class RewardServer:
     async def verify(self, request: Request) -> Response:
         """NeMo Gym's /verify: the request less `question`, plus the verdict. It waits; Gym would not ask again."""
         body = await self.read(request)
-        messages = [item.content for item in decode(body, GymRequest).response.output if item.type == "message"]
+        row = decode(body, GymMathRow if self.verifier == "math" else GymRow)
+        messages = [item.content for item in row.response.output if item.type == "message"]
         parts = [part for content in messages if isinstance(content, list) for part in content]
         text = "".join(part.text or "" for part in parts if part.type == "output_text")
-        row = decode(body, GymMathRow if self.verifier == "math" else AnyRow)
         verdict = self.at_once(text, row)
         if not self.is_final(verdict):
             verdict = await while_connected(request, self.finish(verdict, text, row, body))
@@ -370,19 +370,33 @@ class RewardServer:
         return Response(generate_latest(METRICS), media_type=CONTENT_TYPE_LATEST)
 
 
-class HttpConnection(H11Protocol):
-    """uvicorn's, with a limit that it lacks: on the time in which a request's head arrives."""
+class HttpConnection(HttpToolsProtocol):
+    """uvicorn's, with limits that it lacks: on the size of a request's head, and on the time in which it arrives."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.head_timer = self.loop.call_later(READ_SECONDS, transport.abort)
+        self.begin_head()
+
+    def begin_head(self) -> None:
+        self.head_bytes = 0
+        self.head_timer = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self.head_timer.cancelled():  # not the connection's first request
+            self.begin_head()
+
+    def on_headers_complete(self) -> None:
+        self.head_timer.cancel()
+        if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+            raise ValueError("the head is too large")  # the parser turns this into a reply of 400
+        super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:  # a whole head is here
-            self.head_timer.cancel()
-        elif self.head_timer.cancelled():  # the next head has begun
-            self.head_timer = self.loop.call_later(READ_SECONDS, self.transport.abort)
+        self.head_bytes += len(data)
+        if self.head_bytes > MAX_HEAD_BYTES and not self.head_timer.cancelled():
+            self.transport.abort()
 
 
 def watch_parent(parent: int) -> None:
@@ -439,8 +453,7 @@ def main(argv: list[str] | None = None) -> None:
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:
         listener = socket.create_server((args.host, args.port), family=family, backlog=2_048)
-        pool = WorkerPool(args.verifier, args.workers, args.deadline)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         sys.exit(f"reward_server.py: error: on {args.host}:{args.port}: {error}")
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1_000)  # for replies nobody reads
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -449,6 +462,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.judge_url:
         judge = Judge(args.judge_url, args.judge_model, args.judge_deadline, os.environ.get("JUDGE_API_KEY"))
     token = os.environ.get("REWARD_SERVER_TOKEN") or None
+    pool = WorkerPool(args.verifier, args.workers, args.deadline)
     app = RewardServer(pool, args.verifier, args.extraction == "lenient", args.max_queue, token, judge)
     config = Config(
         app,
@@ -456,7 +470,6 @@ def main(argv: list[str] | None = None) -> None:
         lifespan="off",
         log_level="error",
         limit_concurrency=MAX_CONNECTIONS,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(args.deadline + (args.judge_deadline if judge else 0)) + 5,
     )

@@ -8,8 +8,9 @@ r"""Processes that compute one verdict at a time and can be killed: whatever a m
 
 - A worker that misses the deadline is killed with SIGKILL; the fork that takes its place costs milliseconds.
 - A worker has a memory limit, writes no file, opens no socket, starts no program, and does not see the environment.
-- The nursery ends with this process, however that ends, and takes busy workers along. If it dies or stops, another is
-  started. `multiprocessing`'s forkserver does none of this, imports the caller's script, and is one for all its users.
+- The nursery ends with this process, however that ends (or when its imports are done), and takes busy workers along.
+  If it dies or stops, another is started. `multiprocessing`'s forkserver does none of this, imports the caller's
+  script, and is one for all its users.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import math_verifier
 
-START_SECONDS = 15.0  # for the nursery's imports and a fork
+START_SECONDS = 60.0  # for the nursery's imports
+FORK_SECONDS = 5.0
 MEMORY_MB = 1_024
 MAX_GROWTH_MB = 256  # after which a worker is replaced
 STATUSES = ("correct", "wrong", "no_answer", "unparsable_gold", "timeout", "judge_failed")
@@ -87,23 +89,23 @@ class Worker(NamedTuple):
 
 
 class WorkerPool:
-    """`size` workers for one verifier. Raises RuntimeError if they cannot be started."""
+    """`size` workers for one verifier, each forked when it is first needed: the nursery's imports take seconds."""
 
     def __init__(self, verifier: str, size: int, deadline: float = 1.0):
         self.size, self.deadline, self.kills = size, deadline, 0
         self._command = [sys.executable, os.path.abspath(__file__), verifier, str(deadline)]
         self._nursery: subprocess.Popen | None = None
         self._lock = threading.Lock()
-        self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
+        self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         self._start_nursery()
         for _ in range(size):
-            self._idle.put(self._fork())
+            self._idle.put(None)
 
     def run(self, text: str, row: bytes) -> Verdict:
         """The verdict on `text` and the JSON object `row`, or "timeout". Thread-safe; waits for an idle worker."""
         worker = self._idle.get()
         try:
-            if wait([worker.connection], 0):  # an idle worker has nothing to say: this is the end of a dead one
+            if worker is None or wait([worker.connection], 0):  # an idle worker that says something is a dead one
                 worker = self._fork()
             worker.connection.settimeout(self.deadline)
             worker.connection.sendall(b"[%s, %s]\n" % (json.dumps(text).encode(), row.replace(b"\n", b" ")))
@@ -125,8 +127,9 @@ class WorkerPool:
         with self._lock:
             for _attempt in range(2):
                 ours, theirs = socket.socketpair()
-                ours.settimeout(START_SECONDS)
+                ours.settimeout(FORK_SECONDS)
                 with contextlib.suppress(OSError, ValueError):
+                    self._ready = self._ready or self._control.recv(1) == b"r"
                     with theirs:
                         socket.send_fds(self._control, [b"f"], [theirs.fileno()])
                     lines = ours.makefile("rb")
@@ -137,12 +140,14 @@ class WorkerPool:
     def _start_nursery(self) -> None:
         if self._nursery:
             os.killpg(self._nursery.pid, signal.SIGKILL)  # its process group is itself and its workers
-            self._nursery.wait(START_SECONDS)
+            self._nursery.wait(FORK_SECONDS)
         # No secret of the server is in its environment. gmpy2 would do arithmetic in C calls that allocate past limits.
         keep = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "VIRTUAL_ENV", "HOME")
         environment = {key: os.environ[key] for key in keep if key in os.environ}
         environment |= {"SYMPY_GROUND_TYPES": "python", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
+        self._ready = False
         self._control, theirs = socket.socketpair()
+        self._control.settimeout(START_SECONDS)
         fd, null = theirs.fileno(), subprocess.DEVNULL
         with theirs:
             self._nursery = subprocess.Popen(
@@ -168,6 +173,7 @@ def nursery(name: str, deadline: str, control_fd: str) -> None:
     os.chdir("/")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries dead workers
     control = socket.socket(fileno=int(control_fd))
+    control.send(b"r")
     while fds := socket.recv_fds(control, 1, 1)[1]:
         if os.fork() == 0:
             control.close()

@@ -146,6 +146,7 @@ class Server:
         if len(CORES) > 1:  # all threads of the serving process; the load generator takes another core
             for task in os.listdir(f"/proc/{self.process.pid}/task"):
                 os.sched_setaffinity(int(task), {CORES[0]})
+        run_load(self, lambda: (gym_bytes(box("x+x"), "2x"), "all"), 1, 0)  # until workers can be forked
 
     def cpu_seconds(self) -> float:
         """Processor time of the serving process so far."""
@@ -300,7 +301,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one load run")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "reward_server.json")
     args = parser.parse_args()
-    packages = ("math-verify", "sympy", "uvicorn", "h11", "starlette", "msgspec")
+    packages = ("math-verify", "sympy", "uvicorn", "httptools", "starlette", "msgspec")
     results: dict[str, Any] = {"environment": environment(packages) | {"load_average": os.getloadavg()[0]}}
     ready = []
     for _ in range(args.repeats):

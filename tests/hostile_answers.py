@@ -62,6 +62,8 @@ HOSTILE: dict[str, str] = {
     "1 MB of math": r"lorem ipsum $x$ \( y \) " * 43_000 + box("43"),
     "spaces": box(" " * 1_900 + "1"),
     "commas": box("," * 1_900),
+    "commas before": box("," * 1_900 + "1"),
+    "spaces and stops": box("1" + " ." * 900 + "x"),
     "900 items": box("1," * 900),
     "60 surds": box(", ".join(rf"\sqrt{{{i}}}" for i in range(60))),
     "equals signs": box("=" * 1_900),

@@ -2,8 +2,8 @@ r"""Pairs of a gold and a response whose verdict is known by construction: near 
 
 `pairs(golds, seed)` makes them from real golds (tests/test_verifier.py from a few, benchmarks/verdicts.py from all of
 MATH, GSM8K, DeepMath and AIME). Each is (kind, gold, response, whether it should pay). What is made from a gold is
-right or wrong whatever the question was; what cannot be known (is `0.33` right for 1/3?) follows math_verifier.py's
-policy.
+right or wrong whatever the question was; what cannot be known (is `0.33` right for 1/3?) follows the policy in
+docs/verifier.md.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,13 +184,22 @@ def test_tokens_and_logprobs_of_a_real_engine(warm_model):
     tokenizer, model = AutoTokenizer.from_pretrained(warm_model), AutoModelForCausalLM.from_pretrained(warm_model)
     limits = ["policy.max_total_sequence_length=250", "policy.sequence_packing.train_mb_tokens=250", GUESS]
     cfg: Config = load_config(RECIPE, [*limits, f"policy.model_name={warm_model}"])
-    worker = RolloutWorker(cfg.policy, 0, "cpu", str(warm_model))
-    remote = {
-        name: SimpleNamespace(remote=lambda *args, name=name: asyncio.to_thread(getattr(worker, name), *args))
-        for name in ("start_batch", "advance")
-    }
-    local = SimpleNamespace(**remote, abort=SimpleNamespace(remote=worker.abort))
+    worker, thread = RolloutWorker(cfg.policy, 0, "cpu", str(warm_model)), ThreadPoolExecutor(1)
+    local = SimpleNamespace()  # as an actor: calls come back later, one after the other
+    for name in ("start_batch", "advance", "abort"):
+        method = getattr(worker, name)
+        remote = partial(lambda method, *args: asyncio.wrap_future(thread.submit(method, *args)), method)
+        setattr(local, name, SimpleNamespace(remote=remote))
     played = Episodes(cfg, tokenizer, [tokenizer.eos_token_id], [local])
+    play = played.function
+
+    async def leave(engine: Episodes, row: dict) -> None:
+        await asyncio.wait([asyncio.ensure_future(engine.reply([{"role": "user", "content": "x"}]))], timeout=0.01)
+        raise KeyError("gone, while the engine is still at it")
+
+    played.function = leave
+    assert [e.status for e in played.play([{}], 2, 0, lambda: None)] == ["lost", "lost"]
+    played.function = play
     found = played.play([{"number": 99}, {"number": 98}], 2, 0, lambda: None)
     played.close()
     assert [e.turns for e in found] == [4] * 4

@@ -247,7 +247,7 @@ class Episodes:
             return await played
         finally:
             self.open = False
-            for task in (played, *driving):
+            for task in (*tasks, *driving):
                 task.cancel()
             for engine in self.engines:
                 engine.stop()

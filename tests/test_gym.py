@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import evaluate
 from config import Config, ConfigError, Env, load_config
 from gym import Episodes, prompt_ids, read_episode
 from launch import RunError
@@ -176,6 +177,28 @@ def test_lost_episodes_are_masked_and_the_others_go_on(episodes, tmp_path, capsy
     assert "2 of 4 episodes lost; one: KeyError: 'gone'" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="cannot load env.episode=nowhere.py:play: FileNotFoundError"):
         episodes(["yes"], "env.episode=nowhere.py:play")
+
+
+def test_evaluation_plays_the_same_episodes(tokenizer, tiny_model, tmp_path, monkeypatch):
+    engines = SimpleNamespace(workers=[Script(tokenizer, ["is it 3", "9", "7", "4"])])
+    monkeypatch.setattr(evaluate, "RolloutEngines", lambda *_, **__: engines)
+    monkeypatch.setattr(evaluate, "start_ray", lambda *_: None)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"number": {n}}}\n' for n in (7, 3, 1)))
+    command = [
+        "--model",
+        str(tiny_model),
+        "--data",
+        f"{tmp_path}/rows.jsonl",
+        "--k",
+        "2",
+        "--output",
+        f"{tmp_path}/out",
+    ]
+    metrics = evaluate.evaluate(evaluate.parse_args([*command, "--episode", f"{ROOT}/examples/guess.py:play"]))
+    assert (metrics["avg@2"], metrics["pass@2"], metrics["answers"]) == (0.5, 2 / 3, 6)
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").open()]
+    assert [(s["row"], s["reward"]) for s in samples] == [(0, 0.5), (0, 0.5), (1, 1), (1, 1), (2, 0), (2, 0)]
+    assert samples[2]["text"] == "is it 3<|im_end|>"
 
 
 @pytest.mark.slow

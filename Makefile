@@ -57,4 +57,4 @@ lint: .venv/installed-dev
 	@touch $@
 
 clean:
-	rm -rf .venv data/quickstart $(RUN)
+	rm -rf .venv .venv-gym data/quickstart $(RUN)

@@ -191,6 +191,15 @@ class Env:
     reward_timeout_s: float = key(60.0, "deadline of one request to the reward server", above=0)
     should_use_judge: bool = key(False, "let an LLM judge the answers that the rules reject")
     judge_url: str | None = key(None, "OpenAI-compatible server of the judge")
+    gym_url: str | None = key(None, "environment server or agent of NeMo Gym that plays whole episodes (docs/gym.md)")
+    gym_model_address: str = key("127.0.0.1:8200", "where we listen for Gym's model server; its URL is http://THIS/v1")
+    episode: str | None = key(None, "an episode of your own: module.function or file.py:function (examples/guess.py)")
+    episode_timeout_s: float = key(600.0, "deadline of one episode", above=0)
+    tool_parser: str = key("hermes", "vLLM's tool parser for the model's tool calls in episodes")
+
+    @property
+    def plays_episodes(self) -> bool:
+        return bool(self.gym_url or self.episode)
 
 
 @dataclass
@@ -421,6 +430,8 @@ def contradictions(cfg: Config) -> Iterator[str]:
         yield f"checkpointing.checkpoint_must_save_by='{save_by}' is not DD:HH:MM:SS, such as 00:03:45:00"
     if judge and not (cfg.env.judge_url or cfg.env.reward_url):
         yield "env.should_use_judge=true needs env.judge_url"
+    if sum(map(bool, (cfg.env.gym_url, cfg.env.episode, cfg.env.reward_url))) > 1:
+        yield "of env.reward_url, env.gym_url and env.episode only one can give the rewards"
 
 
 def help_text() -> str:

@@ -23,10 +23,14 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from config import Cluster, Colocated, Config, ConfigError, Env, Generation, PolicyCfg, VllmCfg
+from gym import Episodes
 from launch import RunError, StopRequests, run_main, start_ray
 from reward_client import VERIFIED, RewardClient
 from rollout import RolloutEngines
 from rows import Rows, add_template_options, contents, end_of_sequence_ids, load_tokenizer
+
+AGAIN = ("unreachable", "lost")  # answers with these verdicts are sampled again by the same command
+ROWS_AT_A_TIME = 64  # of episodes: those of a row that is not finished are lost with the process
 
 # ---------------------------------------------------------------- the numbers
 
@@ -99,6 +103,7 @@ def report(metrics: dict[str, float]) -> None:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the answers: they are only continued under the same. Of a model in a folder its files count."""
     names = ("k", "temperature", "max_new_tokens", "max_total_sequence_length", "seed", "chat_template_kwargs")
+    names += ("gym_url", "episode")
     files = {name: contents(vars(args)[name]) for name in ("model", "data", "chat_template")}
     return {name: vars(args)[name] for name in names} | files
 
@@ -155,28 +160,37 @@ def configure(args: argparse.Namespace, tokens: int) -> Config:
     length = min(args.max_total_sequence_length, longest)
     gib = args.kv_cache_gib or (0 if gpus else 1)
     vllm = VllmCfg(max_model_len=length, kv_cache_memory_bytes=int(gib * 2**30) or None, enforce_eager=not gpus)
-    gen = Generation(max_new_tokens=args.max_new_tokens, vllm_cfg=vllm, colocated=Colocated(sleep=False))
+    gen = Generation(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        vllm_cfg=vllm,
+        colocated=Colocated(sleep=False),
+    )
     policy = PolicyCfg(model_name=args.model, precision=precision, max_total_sequence_length=length, generation=gen)
     machine = Cluster(num_nodes=1, gpus_per_node=engines if gpus else 0, cpu_ranks_per_node=engines, timeout_s=7200)
-    return Config(policy=policy, cluster=machine)
+    env = Env(reward_url=args.reward_url, reward_workers=os.cpu_count() or 2)
+    env.gym_url, env.gym_model_address, env.episode = args.gym_url, args.gym_model_address, args.episode
+    return Config(policy=policy, cluster=machine, env=env)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """Sample and score the rows that are missing, then summarize all. Returns the metrics."""
     tokenizer = load_tokenizer(args.model, "--model", args.chat_template, args.chat_template_kwargs)
     stop_ids, cfg = end_of_sequence_ids(args.model, tokenizer), configure(args, len(tokenizer))
-    data = Rows(args.data, tokenizer, cfg.policy.max_total_sequence_length)
+    task = "episode" if cfg.env.plays_episodes else "math"
+    data = Rows(args.data, tokenizer, cfg.policy.max_total_sequence_length, task)
     check_settings(args.output, settings_of(args))
     samples = args.output / "samples.jsonl"
     wanted, done = range(len(data))[: args.limit], finished_rows(samples, args.k)
-    scored = {row for row, answers in done.items() if all(a["status"] != "unreachable" for a in answers)}
+    scored = {row for row, answers in done.items() if all(a["status"] not in AGAIN for a in answers)}
     missing = [row for row in wanted if row not in scored]
     if len(missing) < len(wanted):
         print(f"{samples} has {len(wanted) - len(missing)} of {len(wanted)} rows")
     if missing:
         stop = StopRequests(None)
         with stop.interruptible():
-            add_rows(args, cfg, tokenizer, stop_ids, data, missing, stop)
+            add = add_episodes if cfg.env.plays_episodes else add_rows
+            add(args, cfg, tokenizer, stop_ids, data, missing, stop)
         done = finished_rows(samples, args.k)
     metrics = summarize([done[row] for row in wanted], args.k)
     report(metrics)
@@ -197,7 +211,7 @@ def add_rows(
     """Append `k` scored answers to each of `rows` to samples.jsonl, as they come."""
     pending: deque[tuple[list[dict], Future]] = deque()  # answers to one row each, and their verdicts
     seeds = [args.seed * 2**31 + row * args.k for row in rows]  # each row's own; vLLM adds the answer's number
-    rewards = RewardClient(Env(reward_url=args.reward_url, reward_workers=os.cpu_count() or 2), args.output)
+    rewards = RewardClient(cfg.env, args.output)
     try:
         engines = RolloutEngines(cfg, start_ray(cfg, stop), model_name=args.model)
         prompts = [data.prompt_ids[row] for row in rows]
@@ -221,6 +235,32 @@ def add_rows(
         rewards.close()
 
 
+def add_episodes(
+    args: argparse.Namespace,
+    cfg: Config,
+    tokenizer: Any,
+    stop_ids: list[int],
+    data: Rows,
+    rows: list[int],
+    stop: StopRequests,
+) -> None:
+    """The same with episodes of several turns, of some rows at a time."""
+    engines = RolloutEngines(cfg, start_ray(cfg, stop), model_name=args.model)
+    episodes = Episodes(cfg, tokenizer, stop_ids, engines.workers)
+    try:
+        with (args.output / "samples.jsonl").open("a") as file, tqdm(total=len(rows) * args.k, disable=None) as bar:
+            for start in range(0, len(rows), ROWS_AT_A_TIME):
+                part = rows[start : start + ROWS_AT_A_TIME]
+                found = episodes.play([data.rows[row] for row in part], args.k, args.seed + start, bar.update)
+                for i, e in enumerate(found):
+                    answer = {"row": part[i // args.k], "text": tokenizer.decode(e.response_ids)}
+                    answer |= {"truncated": e.truncated, "reward": e.reward, "status": e.status}
+                    file.write(row_lines([answer | {"extracted_answer": None}]))
+                file.flush()
+    finally:
+        episodes.close()
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -234,6 +274,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engines", type=int, help="vLLM engines (default: one per GPU, one on the CPU)")
     parser.add_argument("--kv-cache-gib", type=float, help="KV cache of an engine (default: share of the GPU; CPU: 1)")
     parser.add_argument("--reward-url", help="a running reward server; default: start one")
+    parser.add_argument("--gym-url", help="play whole episodes of NeMo Gym, as env.gym_url in training (docs/gym.md)")
+    parser.add_argument("--gym-model-address", default=Env.gym_model_address, help="as env.gym_model_address")
+    parser.add_argument("--episode", help="play episodes of your own, as env.episode in training")
     parser.add_argument("--output", type=Path, help="folder (default: results/evaluation/MODEL/DATA)")
     parser.add_argument("--seed", type=int, default=0)
     add_template_options(parser)

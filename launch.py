@@ -214,7 +214,7 @@ def check_gates(cfg: GRPO, metrics: dict[str, float], exceeded: dict[str, int]) 
     """
     unverified = metrics["num_unverified"] / metrics["num_samples"]
     mismatch = metrics.get("token_mult_prob_error")
-    server = "the reward server cannot verify the answers: look at reward_server.log in logger.log_dir"
+    server = "cannot verify the answers: look at reward_server.log in logger.log_dir, or above for lost episodes"
     engine = "engine and trainer disagree about the same answers: refit or precision is broken, or the run diverged"
     gates = [("max_unverified_fraction", unverified, server), ("max_token_mult_prob_error", mismatch, engine)]
     for name, value, reason in gates:

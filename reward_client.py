@@ -1,5 +1,7 @@
 """Rewards over HTTP: starts `reward_server.py` when no URL is given, sends groups, survives the server's death.
 
+`env.reward_url` may also be a resources server of NeMo Gym, which is asked for one answer at a time.
+
 A group that cannot be verified comes back with status "unreachable" and is masked by the trainer, never scored 0. A
 server that refuses a request (HTTP 4xx) ends the run with what it said.
 """
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,6 @@ LARGEST_REWARD = 1e6  # beyond this a reward is taken for a fault of the verifie
 START_DEADLINE_S = 30.0
 ATTEMPTS = 3
 BANNER = "reward server listening on "
-
-
 UNREACHABLE = {"reward": 0.0, "status": "unreachable", "extracted_answer": None}
 
 
@@ -33,6 +34,34 @@ def checked(verdict: Any) -> dict[str, Any]:
     reward, status = verdict["reward"], verdict["status"]
     number = isinstance(reward, int | float) and abs(reward) <= LARGEST_REWARD  # not for NaN
     return verdict if number and isinstance(status, str) else UNREACHABLE | {"status": "unusable"}
+
+
+def checked_group(reply: dict[str, Any], size: int) -> list[dict[str, Any]]:
+    """The verdicts on a group in a reply to /verify_batch."""
+    if len(reply["results"]) != size:
+        raise ValueError(f"{len(reply['results'])} verdicts for {size} answers")
+    return [checked(verdict) for verdict in reply["results"]]
+
+
+def checked_gym(reply: dict[str, Any]) -> dict[str, Any]:
+    """The verdict in a reply of NeMo Gym to /verify or /run, where `mask_sample` says that there is none."""
+    reward = reply["reward"]
+    masked = reply.get("mask_sample") or (reply.get("instance_config") or {}).get("mask_sample")
+    right = isinstance(reward, int | float) and reward > 0
+    status = "masked" if masked else "correct" if right else "wrong"
+    return checked({"reward": reward, "status": status, "extracted_answer": reply.get("extracted_answer")})
+
+
+def gym_response(text: str) -> dict[str, Any]:
+    """An answer as NeMo Gym wants it: the thoughts before the last `</think>` are an item of their own."""
+    thoughts, end, said = text.rpartition("</think>")
+    content = [{"type": "output_text", "text": said, "annotations": []}]
+    output = [{"type": "message", "id": "answer", "role": "assistant", "status": "completed", "content": content}]
+    if end:
+        summary = [{"type": "summary_text", "text": thoughts.removeprefix("<think>")}]
+        output.insert(0, {"type": "reasoning", "id": "thoughts", "summary": summary})
+    always = {"id": "response", "object": "response", "created_at": 0, "model": "policy"}
+    return always | {"output": output, "parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
 
 
 class RewardClient:
@@ -46,21 +75,33 @@ class RewardClient:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="reward")
+        self._single = ThreadPoolExecutor(32, thread_name_prefix="reward_single")  # of answers, for NeMo Gym
+        self.is_gym = False
         if cfg.reward_url:
             self.url = cfg.reward_url.rstrip("/")
-            self._check_health()
+            self.is_gym = self._probe()
         else:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             self._start()
 
-    def _check_health(self) -> None:
-        try:
-            requests.get(f"{self.url}/healthz", timeout=10).raise_for_status()
-        except requests.RequestException as e:
-            raise ConfigError(
-                f"no reward server at env.reward_url={self.url} ({type(e).__name__}); start reward_server.py there, or "
-                "set env.reward_url=null to start one on this node"
-            ) from None
+    def _probe(self) -> bool:
+        """Whether the server at `env.reward_url` is one of NeMo Gym's. Raises ConfigError if it is neither kind."""
+        said = []
+        for path, body, expected in (("/verify_batch", {"items": []}, 200), ("/verify", {}, 422)):
+            try:
+                reply = self._session().post(self.url + path, json=body, timeout=10)
+            except requests.RequestException as e:
+                raise ConfigError(
+                    f"no reward server at env.reward_url={self.url} ({type(e).__name__}); start reward_server.py "
+                    "there, or set env.reward_url=null to start one on this node"
+                ) from None
+            if reply.status_code == expected:
+                return path == "/verify"
+            said.append(f"{path} answered {reply.status_code} {reply.text[:200]!r}")
+        raise ConfigError(
+            f"env.reward_url={self.url} is neither reward_server.py nor a resources server of NeMo Gym: "
+            f"{', '.join(said)}"
+        )
 
     def _start(self) -> None:
         script = Path(__file__).with_name("reward_server.py")
@@ -89,29 +130,39 @@ class RewardClient:
 
         The result is a list of {"reward", "status", "extracted_answer"}. It raises RunError if the server refuses.
         """
-        items = [{"text": text, "expected_answer": row["expected_answer"], "row": row} for text in texts]
+        items = [{"text": text, "expected_answer": row.get("expected_answer"), "row": row} for text in texts]
         return self._pool.submit(self._verify, items)
 
     def _verify(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self.is_gym:
+            return list(self._single.map(self._verify_in_gym, items))
+        results = self._ask(self._session(), "/verify_batch", {"items": items}, lambda r: checked_group(r, len(items)))
+        return results or [UNREACHABLE for _ in items]
+
+    def _verify_in_gym(self, item: dict[str, Any]) -> dict[str, Any]:
+        row = item["row"]
+        with requests.Session() as session:  # with cookies of its own, by which Gym tells answers apart
+            seeded = self._ask(session, "/seed_session", row, lambda _: True)
+            request = row | {"response": gym_response(item["text"])}
+            return (seeded and self._ask(session, "/verify", request, checked_gym)) or UNREACHABLE
+
+    def _ask(self, session: requests.Session, path: str, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
+        """What `read` makes of the reply; None if there is no reply that it can read. Raises RunError if refused."""
         for attempt in range(ATTEMPTS):
             url = self.url
             try:
-                reply = self._session().post(
-                    f"{url}/verify_batch", json={"items": items}, timeout=self.cfg.reward_timeout_s
-                )
+                reply = session.post(url + path, json=body, timeout=self.cfg.reward_timeout_s)
                 if reply.status_code in (429, 503):
                     time.sleep(min(float(reply.headers.get("Retry-After", 1)), 5.0))
                     continue
                 if 400 <= reply.status_code < 500:  # asking again would not help
-                    raise RunError(f"{url}/verify_batch answered {reply.status_code}: {reply.text[:300]}")
+                    raise RunError(f"{url}{path} answered {reply.status_code}: {reply.text[:300]}")
                 reply.raise_for_status()
-                results = reply.json()["results"]
-                if len(results) == len(items):
-                    return [checked(verdict) for verdict in results]
+                return read(reply.json())
             except (requests.RequestException, ValueError, KeyError, TypeError) as e:
                 print(f"reward server: attempt {attempt + 1} of {ATTEMPTS} failed ({str(e)[:200]})", file=sys.stderr)
                 self._restart_if_dead(url)
-        return [UNREACHABLE for _ in items]
+        return None
 
     def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):  # sessions keep connections open, but are not thread-safe
@@ -132,7 +183,8 @@ class RewardClient:
 
     def close(self) -> None:
         """Stop the server we started; whoever's server it is otherwise stays."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._single):
+            pool.shutdown(wait=False, cancel_futures=True)
         if self.process and self.process.poll() is None:
             self.process.terminate()
             try:

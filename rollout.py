@@ -5,6 +5,7 @@ The engine runs in the actor's own process: no second process to hand tokens to,
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from config import Config, PolicyCfg
 from launch import OUT_OF_MEMORY_ADVICE, Actors
 from refit import Link, WeightReceiver, route
+
+ADVANCE_S = 0.05  # how long requests of episodes wait until the engine takes them in
 
 
 @dataclass
@@ -110,32 +113,72 @@ class RolloutWorker(WeightReceiver):
         One `seed` fixes this call's samples whatever ran before, on the same hardware, so a resumed run repeats them.
         With a seed for each prompt (slower) a prompt's samples do not depend on the other prompts either.
         """
+        self.start_batch(seed if isinstance(seed, int) else None)
+        seeds: list[int | None] = seed if isinstance(seed, list) else [None] * len(prompts)
+        for (index, ids), own_seed in zip(prompts, seeds, strict=True):
+            room = min(self.cfg.generation.max_new_tokens, self.cfg.max_total_sequence_length - len(ids))
+            self.add_request(index, ids, n, own_seed, stop_token_ids, temperature, room)
+        while self.engine.has_unfinished_requests():
+            if groups := self.step():
+                yield groups
+
+    def start_batch(self, seed: int | None) -> None:
+        """Forget what older weights computed. One seed for all requests to come, or with None none."""
+        if not self.llm.reset_prefix_cache():  # it may hold keys and values that older weights computed
+            raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
+        if seed is not None:
+            torch.manual_seed(seed)  # vLLM's older runner samples from torch's generator,
+            np.random.seed(seed % 2**32)  # the newer one draws a seed for each request from numpy's
+
+    def add_request(
+        self,
+        index: int,
+        ids: list[int],
+        n: int,
+        seed: int | None,
+        stop_token_ids: list[int],
+        temperature: float,
+        max_tokens: int,
+    ) -> None:
+        """Let `step` sample `n` responses to these token ids."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if not self.llm.reset_prefix_cache():  # it may hold keys and values that older weights computed
-            raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
-        seeds: list[int | None] = seed if isinstance(seed, list) else [None] * len(prompts)
-        if isinstance(seed, int):
-            torch.manual_seed(seed)  # vLLM's older runner samples from torch's generator,
-            np.random.seed(seed % 2**32)  # the newer one draws a seed for each request from numpy's
-        for (index, ids), own_seed in zip(prompts, seeds, strict=True):
-            params = SamplingParams(
-                n=n,
-                seed=own_seed,
-                temperature=temperature,
-                max_tokens=min(self.cfg.generation.max_new_tokens, self.cfg.max_total_sequence_length - len(ids)),
-                stop_token_ids=stop_token_ids,
-                logprobs=0,  # of the sampled token only
-                flat_logprobs=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            self.engine.add_request(str(index), {"prompt_token_ids": ids}, params)
-        while self.engine.has_unfinished_requests():
-            groups = [self._group(output) for output in self.engine.step() if output.finished]
-            if groups:
-                yield groups
+        params = SamplingParams(
+            n=n,
+            seed=seed,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            stop_token_ids=stop_token_ids,
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self.engine.add_request(str(index), {"prompt_token_ids": ids}, params)
+
+    def step(self) -> list[Group]:
+        """Sample one token for each running request; returns the groups that are finished by it."""
+        return [self._group(output) for output in self.engine.step() if output.finished]
+
+    def advance(
+        self, requests: list[tuple[int, list[int], int]], stop_token_ids: list[int], temperature: float
+    ) -> list[Group]:
+        """Take in requests of (index, token ids, max_tokens) and go on with all until one is finished, or for a while.
+
+        For gym.py, which calls it again and again: requests that come in the meantime are in the next call.
+        """
+        for index, ids, max_tokens in requests:
+            self.add_request(index, ids, 1, None, stop_token_ids, temperature, max_tokens)
+        found: list[Group] = []
+        end = time.monotonic() + ADVANCE_S
+        while not found and self.engine.has_unfinished_requests() and time.monotonic() < end:
+            found = self.step()
+        return found
+
+    def abort(self, indices: list[int]) -> None:
+        """Drop these requests, as far as they are not finished."""
+        self.engine.abort_request([str(index) for index in indices])
 
     @staticmethod
     def _group(output: Any) -> Group:

@@ -20,22 +20,25 @@ from config import ConfigError
 AGENT_REF = {"type": "responses_api_agents", "name": "math_with_judge_simple_agent"}
 
 
-def read_row(row: Any) -> dict[str, Any]:
+def read_row(row: Any, math: bool = True) -> dict[str, Any]:
     """The row with its prompt as chat messages and its answer as text; a materialized row is in its `task_input`.
 
-    Raises ValueError, which names the field, for what would be left out of the training without a word.
+    With `math=False` it may be any environment's, with any answer or none. Raises ValueError, which names the field,
+    for what would be left out of the training without a word.
     """
     if isinstance(row, dict):
         row = row.get("task_input", row)
     if not isinstance(row, dict) or not isinstance(row.get("responses_create_params"), dict):
         raise ValueError("responses_create_params is missing or no object")
     params = dict(row["responses_create_params"])
-    for field in ("agent_ref", "task_source"):
+    for field in ("agent_ref", "task_source") if math else ():
         if row.get(field) and "math_with_judge" not in str(row[field]):
             raise ValueError(f"{field} is not math_with_judge, for which alone there is a verifier: {row[field]!r}")
     for field in ("tools", "temperature", "top_p", "max_output_tokens"):
         if params.get(field) not in (None, []):
             raise ValueError(f"responses_create_params.{field} of a single row is not supported")
+    if "audio" in str(params.get("metadata")):
+        raise ValueError("responses_create_params.metadata has audio, which is not supported")
     prompt = params.get("input")
     items = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     items = items if isinstance(items, list) else []
@@ -44,8 +47,8 @@ def read_row(row: Any) -> dict[str, Any]:
         raise ValueError("responses_create_params.input is no chat that ends with the user's turn")
     if instructions := params.pop("instructions", None):
         messages.insert(0, {"role": "system", "content": str(instructions)})
-    answer = answer_text(row.get("expected_answer"))
-    return {**row, "responses_create_params": {**params, "input": messages}, "expected_answer": answer}
+    answer = {"expected_answer": answer_text(row.get("expected_answer"))} if math else {}
+    return {**row, "responses_create_params": {**params, "input": messages}, **answer}
 
 
 def chat_message(item: Any, field: str) -> dict[str, str]:
@@ -73,7 +76,9 @@ def answer_text(value: Any) -> str:
 class Rows:
     """Rows of a JSONL file with their prompts as token ids. The order depends only on seed and step."""
 
-    def __init__(self, path: str, tokenizer: Any, max_length: int):
+    def __init__(self, path: str, tokenizer: Any, max_length: int, task: str = "math"):
+        """`task`: "math" for the math verifier, "any" for whatever verifier there is, or "episode" for rows as they
+        are, whose prompts are made in the episode."""
         try:
             lines = Path(path).read_bytes().split(b"\n")
         except OSError as e:
@@ -84,8 +89,9 @@ class Rows:
             if not line.strip():
                 continue
             try:
-                row = read_row(json.loads(line))
-                ids = encode_prompt(tokenizer, row)
+                row = json.loads(line)
+                row = row if task == "episode" else read_row(row, math=task == "math")
+                ids = [] if task == "episode" else encode_prompt(tokenizer, row)
             except (ValueError, RecursionError) as e:
                 raise ConfigError(f"{path} line {number} is not a row: {e}; see prepare_data.py") from None
             if len(ids) >= max_length:

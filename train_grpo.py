@@ -28,6 +28,7 @@ import math
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -204,6 +205,9 @@ class Sample:
     text: str
     reward: float = 0.0
     status: str = ""
+    mask: np.ndarray | None = None  # which response tokens the model made, in an episode of several turns; None: all
+    turns: int = 1
+    tool_calls: int = 0
 
     @property
     def verified(self) -> bool:
@@ -216,6 +220,10 @@ class Sample:
     @property
     def response_tokens(self) -> int:
         return len(self.response_ids)
+
+    @property
+    def masked_tokens(self) -> int:
+        return 0 if self.mask is None else int((~self.mask).sum())
 
 
 def column(samples: list[Sample], name: str) -> np.ndarray:
@@ -232,6 +240,10 @@ def sample_and_score(run: "Run", rows: Rows, indices: list[int], n: int, seed: i
         parts = zip(group.response_ids, group.rollout_logprobs, group.finish_reasons, texts, strict=True)
         return [Sample(group.index, prompt_ids, ids, lp, why == "length", text) for ids, lp, why, text in parts]
 
+    if run.episodes:
+        with run.log.phase("generate", total=len(indices) * n) as progress:
+            found = run.episodes.play([rows.rows[i] for i in indices], n, seed, progress.update)
+        return [Sample(i // n, text=run.tokenizer.decode(e.response_ids), **vars(e)) for i, e in enumerate(found)]
     pending: list[tuple[list[Sample], Future]] = []
     with run.log.phase("generate", total=len(indices)) as progress:
         for group in run.engines.generate([rows.prompt_ids[i] for i in indices], n, seed, run.stop_token_ids):
@@ -334,7 +346,8 @@ def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor)
     for s in samples:
         finite = np.isfinite(s.rollout_logprobs)
         num_nonfinite += int((~finite).sum())
-        masks.append(finite & (s.verified and not (cfg.grpo.overlong_filtering and s.truncated)))
+        own = finite if s.mask is None else finite & s.mask
+        masks.append(own & (s.verified and not (cfg.grpo.overlong_filtering and s.truncated)))
     valid_S = np.array([mask.sum() for mask in masks])  # tokens that count
     batch = Sequences(
         prompt_ids=[s.prompt_ids for s in samples],
@@ -400,15 +413,19 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
     verified_S = column(samples, "verified")
     rewards = column(samples, "reward")[verified_S]
     responses_S = column(samples, "response_tokens")
+    made_S = responses_S - column(samples, "masked_tokens")
     _, first = np.unique(column(samples, "prompt"), return_index=True)  # a group's prompt counts once
     return {
         "reward": float(rewards.mean()) if len(rewards) else 0.0,
         "frac_zero_signal_groups": 1 - len(groups_with_signal(samples)) / len(first),
         "truncation_rate": float(column(samples, "truncated").mean()),
-        "mean_gen_tokens": float(responses_S.mean()),
+        "mean_gen_tokens": float(made_S.mean()),
         "num_samples": len(samples),
         "num_unverified": int((~verified_S).sum()),
         "total_tokens": int(column(samples, "prompt_tokens")[first].sum() + responses_S.sum()),
+        "mean_turns": float(column(samples, "turns").mean()),
+        "num_tool_calls": int(column(samples, "tool_calls").sum()),
+        "num_masked_tokens": int((responses_S - made_S).sum()),
     }
 
 
@@ -427,7 +444,8 @@ class Run:
     val_rows: Rows | None
     num_batches: int  # of prompts, in all epochs
     last_step: int
-    rewards: RewardClient
+    rewards: RewardClient | None  # None where episodes bring their rewards along
+    episodes: Any  # gym.Episodes, or None for single answers
     policy: Policy
     engines: RolloutEngines
     checkpoints: Checkpoints
@@ -455,7 +473,7 @@ def train(cfg: Config) -> None:
             run.checkpoints.wait(run.policy)
         raise
     finally:
-        run.rewards.close()
+        (run.rewards or run.episodes).close()
         run.log.close()
 
 
@@ -562,8 +580,8 @@ def start(cfg: Config) -> Run:
     check_model(cfg.policy, len(tokenizer))
     with log.phase("start"), stop.interruptible(), ExitStack() as on_error:
         placement = start_ray(cfg, stop)
-        rewards = RewardClient(cfg.env, cfg.logger.log_dir)
-        on_error.callback(rewards.close)
+        rewards = None if cfg.env.plays_episodes else RewardClient(cfg.env, cfg.logger.log_dir)
+        on_error.callback(lambda: rewards and rewards.close())
         policy, shape = Policy(cfg, placement), Shape.of(cfg.policy.model_name)
         engines = RolloutEngines(cfg, placement, not_for_kv_cache=not_for_kv_cache(cfg, shape))
         gpu_name, gpu_bytes = policy.gpu()
@@ -571,7 +589,9 @@ def start(cfg: Config) -> Run:
             print(line, flush=True)
         loading = policy.start() + engines.start()  # in the background, while rows are read here
         data, limit = cfg.data, cfg.policy.max_total_sequence_length
-        rows = Rows(data.train_jsonl_fpath, tokenizer, limit)
+        task = "episode" if not rewards else "any" if rewards.is_gym else "math"
+        read = partial(Rows, tokenizer=tokenizer, max_length=limit, task=task)
+        rows = read(data.train_jsonl_fpath)
         num_batches = rows.number_of_batches(g.num_prompts_per_step, g.max_num_epochs)
         run = Run(
             cfg=cfg,
@@ -579,10 +599,11 @@ def start(cfg: Config) -> Run:
             tokenizer=tokenizer,
             stop_token_ids=stop_token_ids,
             rows=rows,
-            val_rows=Rows(data.validation_jsonl_fpath, tokenizer, limit) if data.validation_jsonl_fpath else None,
+            val_rows=read(data.validation_jsonl_fpath) if data.validation_jsonl_fpath else None,
             num_batches=num_batches,
             last_step=min(g.max_num_steps, num_batches),
             rewards=rewards,
+            episodes=start_episodes(cfg, tokenizer, stop_token_ids, engines) if cfg.env.plays_episodes else None,
             policy=policy,
             engines=engines,
             checkpoints=checkpoints,
@@ -599,6 +620,12 @@ def start(cfg: Config) -> Run:
         check_refit(cfg.policy, policy, engines, len(tokenizer))
         on_error.pop_all()
     return run
+
+
+def start_episodes(cfg: Config, tokenizer: Any, stop_token_ids: list[int], engines: RolloutEngines) -> Any:
+    from gym import Episodes  # here, since a run without episodes starts half a second sooner without it
+
+    return Episodes(cfg, tokenizer, stop_token_ids, engines.workers)
 
 
 def stop_if_not_finite(run: Run, result: dict[str, float], samples: list[Sample]) -> None:

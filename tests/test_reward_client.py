@@ -60,6 +60,13 @@ def test_wrong_url_is_one_line(tmp_path):
         RewardClient(Env(reward_url="http://127.0.0.1:9"), tmp_path)
 
 
+def test_a_server_of_another_kind_is_one_line(somebody_elses_server, tmp_path):
+    server, _ = somebody_elses_server
+    server.answer = 404, "not here"
+    with pytest.raises(ConfigError, match="is neither .* /verify_batch answered 404 'not here', /verify answered 404"):
+        RewardClient(Env(reward_url=f"http://127.0.0.1:{server.server_port}"), tmp_path)
+
+
 def test_a_verifier_of_ones_own_sees_the_whole_row(tmp_path):
     """Chosen by configuration; it pays the last word where the row says so, and returns a plain number."""
     (tmp_path / "mine.py").write_text(
@@ -80,10 +87,7 @@ def somebody_elses_server():
     """A server that answers /verify_batch with the given status and body."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802 - the name that http.server looks for
-            self.reply(200, "{}")
-
-        def do_POST(self):  # noqa: N802
+        def do_POST(self):  # noqa: N802 - the name that http.server looks for
             self.rfile.read(int(self.headers["Content-Length"]))
             self.reply(*self.server.answer)
 
@@ -97,6 +101,7 @@ def somebody_elses_server():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.answer = 200, '{"results": []}'
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server, RewardClient(Env(reward_url=f"http://127.0.0.1:{server.server_port}"), ".")
     server.shutdown()

@@ -1,0 +1,373 @@
+"""Episodes of several turns: those of NeMo Gym's environments (`env.gym_url`), or of a function of your own
+(`env.episode`, see examples/guess.py).
+
+Gym's agents talk to the policy through Gym's model server, which asks us at http://`env.gym_model_address`/v1. We send
+rows to `env.gym_url`/run; each reply says which tokens the model made, and becomes one sequence to train on:
+
+    prompt ids   first answer   the environment's turn   second answer
+                 ╰──────────── response_ids: mask True, False, True ─╯
+
+No text is tokenised twice: Gym hands the tokens of earlier answers back, and a prompt goes on from exactly these.
+Everything here runs in one asyncio loop in a thread of the driver; the engines are Ray actors.
+"""
+
+import asyncio
+import itertools
+import json
+import pkgutil
+import runpy
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from socket import create_server, socket
+from typing import Any
+
+import aiohttp
+import numpy as np
+import requests
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from config import Config, ConfigError
+from launch import RunError
+from reward_client import checked_gym
+from rollout import Group
+
+CALLS_IN_FLIGHT = 2  # to each engine, so that it goes on while the driver reads what the call before returned
+CHANGES_SAMPLING = ("stop", "response_format", "logit_bias", "min_tokens")  # of a request's fields
+MARK = "\0the model's turn\0"
+
+
+class Lost(RuntimeError):
+    """An episode that cannot be trained on, and why."""
+
+
+@dataclass
+class Episode:
+    """A sequence of several turns. The arrays have one entry per response token."""
+
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    rollout_logprobs: np.ndarray  # 0 where the model did not make the token
+    mask: np.ndarray  # True where it did
+    truncated: bool  # the model's last turn was cut off
+    reward: float
+    status: str
+    turns: int
+    tool_calls: int
+
+
+def read_episode(items: list[dict[str, Any]], verdict: dict[str, Any], stop_token_ids: list[int]) -> Episode:
+    """The sequence that `items` tell of: those that a call of the model ended with hold its prompt and its tokens.
+
+    Raises Lost if there are none, or if a prompt does not begin with all that was there before.
+    """
+    calls = [item for item in items if item.get("generation_token_ids")]
+    if not calls:
+        raise Lost("the model was not asked, or its tokens were lost: Gym's model server needs its training config")
+    start = len(calls[0]["prompt_token_ids"])
+    ids: list[int] = calls[0]["prompt_token_ids"]
+    logprobs, mask = [], []
+    for call in calls:
+        prompt, made = call["prompt_token_ids"], call["generation_token_ids"]
+        if prompt[: len(ids)] != ids:
+            raise Lost("the agent changed the history, so the episode is not one sequence")
+        others = len(prompt) - len(ids)
+        ids = prompt + made
+        logprobs += [0.0] * others + call["generation_log_probs"]
+        mask += [False] * others + [True] * len(made)
+    return Episode(
+        prompt_ids=np.array(ids[:start], dtype=np.int64),
+        response_ids=np.array(ids[start:], dtype=np.int64),
+        rollout_logprobs=np.array(logprobs, dtype=np.float32),
+        mask=np.array(mask, dtype=bool),
+        truncated=ids[-1] not in stop_token_ids,
+        reward=verdict["reward"],
+        status=verdict["status"],
+        turns=len(calls),
+        tool_calls=sum(item.get("type") == "function_call" or len(item.get("tool_calls") or ()) for item in items),
+    )
+
+
+def lost_episode() -> Episode:
+    """What stands for an episode that cannot be trained on: the trainer masks and counts it."""
+    none = np.array([], dtype=np.int64)
+    return Episode(none, none, none.astype(np.float32), none.astype(bool), False, 0.0, "lost", 0, 0)
+
+
+def plain(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as chat templates know it: text for a list of parts, "system" for "developer"."""
+    message = dict(message)
+    if isinstance(message.get("content"), list):
+        message["content"] = "".join(part["text"] for part in message["content"])
+    if message["role"] == "developer":
+        message["role"] = "system"
+    return message
+
+
+def prompt_ids(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
+    """The chat as token ids. Up to the model's last turn they are those that the engine saw and made.
+
+    Of what the template makes of the chat, only the part after the model's last turn is tokenised. Example: after
+    the ids of "<start>user 2+2?<end><start>assistant 4<end>", "<start>user sure?<end><start>assistant".
+    """
+    chat = [plain(message) for message in messages]
+    known = [i for i, message in enumerate(chat) if message.get("generation_token_ids")]
+    if not known:
+        return tokenizer.apply_chat_template(chat, tools=tools, add_generation_prompt=True, return_dict=False)
+    seen = chat[known[-1]]["prompt_token_ids"] + chat[known[-1]]["generation_token_ids"]
+    chat[known[-1]] = {"role": "assistant", "content": MARK}
+    text = tokenizer.apply_chat_template(chat, tools=tools, add_generation_prompt=True, tokenize=False)
+    if text.count(MARK) != 1:
+        raise ValueError("the chat template does not write out the assistant's turn once and as it is")
+    added = tokenizer.encode(text.partition(MARK)[2], add_special_tokens=False)
+    return seen + added[added[:1] == seen[-1:] :]  # the token that ends the turn, unless it was cut off, is there
+
+
+@dataclass
+class Engine:
+    """The driver's side of one engine."""
+
+    worker: Any
+    new: list[tuple[int, list[int], int]] = field(default_factory=list)  # requests that it has not been told of
+    waiting: dict[int, asyncio.Future] = field(default_factory=dict)  # by number of the request
+    work: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def stop(self) -> None:
+        """Drop the requests of lost episodes."""
+        self.worker.abort.remote(list(self.waiting))
+        for future in self.waiting.values():
+            if not future.done():  # as it is where the function that waits was cancelled
+                future.set_exception(ValueError("the episode is over"))
+        self.new, self.waiting = [], {}
+        self.work.clear()
+
+
+def key(turn: dict[str, Any]) -> int:
+    """By what the turn after this one finds the engine that made this one."""
+    return hash((*turn["prompt_token_ids"], *turn["generation_token_ids"]))
+
+
+def load_function(name: str) -> Callable:
+    """The function that "module.function" or "path/to/file.py:function" names. Raises ConfigError if none."""
+    path, _, function = name.rpartition(":")
+    try:
+        return runpy.run_path(path)[function] if path.endswith(".py") else pkgutil.resolve_name(name)
+    except Exception as e:  # whatever the user's module does when it is imported
+        raise ConfigError(f"cannot load env.episode={name}: {type(e).__name__}: {e}") from None
+
+
+def check_gym(url: str) -> None:
+    """Raise ConfigError if nothing there takes rows."""
+    try:
+        status = requests.post(url, json={}, timeout=10).status_code
+    except requests.RequestException as e:
+        status = type(e).__name__
+    if not isinstance(status, int) or status in (404, 405):
+        raise ConfigError(
+            f"env.gym_url: {url} answered {status}; it must be an environment server or an agent of NeMo Gym, "
+            "see docs/gym.md"
+        )
+
+
+class Episodes:
+    """Plays episodes with the engines; one per run. It is the `engine` that a function of your own gets."""
+
+    def __init__(self, cfg: Config, tokenizer: Any, stop_token_ids: list[int], workers: list[Any]):
+        """Listen for Gym's model server. Raises ConfigError if that is not possible, or if there is no Gym."""
+        self.cfg, self.policy, self.tokenizer, self.stop_token_ids = cfg.env, cfg.policy, tokenizer, stop_token_ids
+        self.timeout_s = cfg.cluster.timeout_s
+        self.engines = [Engine(worker) for worker in workers]
+        self.numbers = itertools.count()
+        self.homes: dict[int, list[Engine]] = {}  # of conversations, which go on where their keys and values are
+        self.open = False  # between batches the engines have other things to do
+        if self.cfg.gym_url:
+            self.run_url, address = f"{self.cfg.gym_url.rstrip('/')}/run", self.cfg.gym_model_address
+            check_gym(self.run_url)
+        else:
+            self.function, address = load_function(self.cfg.episode), "127.0.0.1:0"
+        host, _, port = address.rpartition(":")
+        try:
+            listening = create_server((host, int(port)))
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"cannot listen at env.gym_model_address={self.cfg.gym_model_address}: {e}") from None
+        app = Starlette(routes=[Route("/v1/chat/completions", self._chat_completions, methods=["POST"])])
+        self.server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        )
+        loop: Future[asyncio.AbstractEventLoop] = Future()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve(listening, loop)), daemon=True)
+        self.thread.start()
+        self.loop = loop.result(60)
+
+    async def _serve(self, listening: socket, loop: Future) -> None:
+        no_limit = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(timeout=no_limit, connector=aiohttp.TCPConnector(limit=0)) as self.http:
+            loop.set_result(asyncio.get_running_loop())
+            await self.server.serve([listening])
+
+    def close(self) -> None:
+        """Stop listening."""
+        self.server.should_exit = True
+        self.thread.join(10)
+
+    # ---- a batch of episodes
+
+    def play(self, rows: list[dict[str, Any]], n: int, seed: int, progress: Callable[[], Any]) -> list[Episode]:
+        """`n` episodes of each row, ordered by row; a lost one is in its place. `progress` is called after each.
+
+        Raises RunError if Gym refuses a row, and whatever an engine raises.
+        """
+        playing = asyncio.run_coroutine_threadsafe(self._play(rows, n, seed, progress), self.loop)
+        try:
+            return playing.result()
+        finally:
+            playing.cancel()
+
+    async def _play(self, rows: list[dict[str, Any]], n: int, seed: int, progress: Callable[[], Any]) -> list[Episode]:
+        count = len(self.engines)
+        await asyncio.gather(*(e.worker.start_batch.remote(seed * count + i) for i, e in enumerate(self.engines)))
+        self.homes, self.open, self.reasons = defaultdict(list), True, []
+        tasks = [asyncio.create_task(self._episode(row)) for row in rows for _ in range(n)]
+        for task in tasks:
+            task.add_done_callback(lambda _: progress())
+        driving = [asyncio.create_task(self._drive(e)) for e in self.engines for _ in range(CALLS_IN_FLIGHT)]
+        played = asyncio.gather(*tasks)
+        try:
+            await asyncio.wait([played, *driving], return_when=asyncio.FIRST_COMPLETED)
+            for task in driving:
+                if task.done():
+                    task.result()  # raises what the engine raised
+            return await played
+        finally:
+            self.open = False
+            for task in (*tasks, *driving):
+                task.cancel()
+            for engine in self.engines:
+                engine.stop()
+            if self.reasons:
+                print(f" • {len(self.reasons)} of {len(tasks)} episodes lost; one: {self.reasons[0]}", file=sys.stderr)
+
+    async def _episode(self, row: dict[str, Any]) -> Episode:
+        play = self._in_gym if self.cfg.gym_url else self._own
+        try:
+            items, reply = await asyncio.wait_for(play(row), self.cfg.episode_timeout_s)
+            found = read_episode(items, checked_gym(reply), self.stop_token_ids)
+            found.truncated |= bool(reply.get("response", {}).get("incomplete_details"))  # no room for another turn
+            return found
+        except RunError:
+            raise
+        except Exception as e:  # whatever becomes of an episode, the others go on
+            late = f"not over within env.episode_timeout_s={self.cfg.episode_timeout_s:.0f}"
+            self.reasons.append(late if isinstance(e, TimeoutError) else f"{type(e).__name__}: {str(e)[:300]}")
+            return lost_episode()
+
+    async def _own(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        chat, reward = await self.function(self, row)
+        return chat, {"reward": reward}
+
+    async def _in_gym(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        if "task_input" in row:  # a materialized row, which Gym's newer environment servers take
+            row = {"episode_id": {"rollout_id": str(next(self.numbers)), "attempt": 0}, "task": row}
+        async with self.http.post(self.run_url, json=row) as response:
+            said = await response.text()
+        if 400 <= response.status < 500 and response.status != 429:
+            raise RunError(f"{self.run_url} answered {response.status}: {said[:300]}")
+        if response.status != 200:
+            raise Lost(f"{self.run_url} answered {response.status}: {said[:300]}")
+        reply = json.loads(said)
+        reply = reply.get("result", reply)
+        if "failure" in reply:
+            raise Lost(str(reply["failure"]))
+        return reply["response"]["output"], reply
+
+    # ---- the model's turns
+
+    async def _chat_completions(self, request: Request) -> JSONResponse:
+        """OpenAI's route, with the token ids and log-probabilities on the message."""
+        body = await request.json()
+        try:
+            if refused := [name for name in CHANGES_SAMPLING if body.get(name)]:
+                raise ValueError(f"{', '.join(refused)}: not supported, since it would change what is sampled from")
+            limit = body.get("max_completion_tokens") or body.get("max_tokens")
+            message = await self.reply(body["messages"], body.get("tools"), limit)
+        except ValueError as e:
+            return JSONResponse({"error": {"message": str(e), "type": "BadRequestError", "code": 400}}, 400)
+        prompt, made = len(message["prompt_token_ids"]), message["generation_token_ids"]
+        ended = "tool_calls" if "tool_calls" in message else "stop"
+        reason = ended if made[-1] in self.stop_token_ids else "length"
+        usage = {"prompt_tokens": prompt, "completion_tokens": len(made), "total_tokens": prompt + len(made)}
+        about = {"id": f"chat-{next(self.numbers)}", "object": "chat.completion", "created": 0, "model": body["model"]}
+        return JSONResponse(
+            about | {"choices": [{"index": 0, "finish_reason": reason, "message": message}], "usage": usage}
+        )
+
+    async def reply(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, max_tokens: int | None = None
+    ) -> dict[str, Any]:
+        """The model's next message: content, perhaps tool calls, and its tokens. Append it to the chat as it is.
+
+        Raises ValueError if there is no room for one, and at once between batches.
+        """
+        ids = prompt_ids(self.tokenizer, messages, tools)
+        room = self.policy.max_total_sequence_length - len(ids)
+        if room < 1:
+            raise ValueError(f"{len(ids)} tokens leave no room for an answer in the context length")
+        last = next((m for m in reversed(messages) if m.get("generation_token_ids")), None)
+        homes = self.homes[key(last)] if last else []
+        engine = homes.pop() if homes else min(self.engines, key=lambda e: len(e.waiting))
+        group = await self._ask(engine, ids, min(room, self.policy.generation.max_new_tokens, max_tokens or room))
+        made = group.response_ids[0].tolist()
+        tokens = {"prompt_token_ids": ids, "generation_token_ids": made}
+        self.homes[key(tokens)].append(engine)
+        tokens["generation_log_probs"] = group.rollout_logprobs[0].tolist()
+        return {"role": "assistant", **self._read(made, tools), **tokens}
+
+    async def _ask(self, engine: Engine, ids: list[int], max_tokens: int) -> Group:
+        if not self.open:
+            raise ValueError("the episode is over")
+        number = next(self.numbers)
+        engine.new.append((number, ids, max_tokens))
+        engine.waiting[number] = asyncio.get_running_loop().create_future()
+        engine.work.set()
+        return await engine.waiting[number]
+
+    async def _drive(self, engine: Engine) -> None:
+        """Hand requests to an engine and its answers to those who wait, until cancelled."""
+        while True:
+            await engine.work.wait()
+            new, engine.new = engine.new, []
+            call = engine.worker.advance.remote(new, self.stop_token_ids, self.policy.generation.temperature)
+            try:
+                groups = await asyncio.wait_for(call, self.timeout_s)
+            except TimeoutError:
+                late = f"a rollout engine did not answer within cluster.timeout_s={self.timeout_s:.0f}"
+                raise RunError(late) from None
+            for group in groups:
+                future = engine.waiting.pop(group.index)
+                if not future.done():
+                    future.set_result(group)
+            if not engine.waiting:
+                engine.work.clear()
+
+    def _read(self, ids: list[int], tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+        """Content and tool calls of an answer."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if not tools:
+            return {"content": text}
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.tool_parsers import ToolParserManager
+
+        said = ids[:-1] if ids[-1] in self.stop_token_ids else ids
+        raw = self.tokenizer.decode(said, skip_special_tokens=False)  # special tokens mark the calls of some models
+        parser = ToolParserManager.get_tool_parser(self.cfg.tool_parser)(self.tokenizer)
+        found = parser.extract_tool_calls(raw, ChatCompletionRequest(messages=[], model="policy", tools=tools))
+        if not found.tools_called:
+            return {"content": text}
+        return {"content": found.content, "tool_calls": [call.model_dump() for call in found.tool_calls]}

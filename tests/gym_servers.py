@@ -1,0 +1,64 @@
+"""Real servers of NeMo Gym for tests and benchmarks, all in one process: `GYM_PYTHON gym_servers.py MODEL_URL ...`
+
+Prints {name: url} when they listen. `gym env start` starts the same servers, each in a process and a virtual
+environment of its own, which takes minutes; their code and configuration are the same.
+"""
+
+import asyncio
+import importlib
+import json
+import os
+import socket
+import sys
+
+import uvicorn
+
+POLICY = {"type": "responses_api_models", "name": "policy_model"}
+
+
+def agent(environment: str, **more: object) -> dict:
+    return {"resources_server": {"type": "resources_servers", "name": environment}, "model_server": POLICY, **more}
+
+
+def servers(model_urls: list[str]) -> dict[str, tuple[str, str, dict]]:
+    """name: (kind, folder of the wheel, configuration)."""
+    model = {"base_url": model_urls, "api_key": "none", "model": "policy"}
+    tokens = {"return_token_id_information": True, "uses_reasoning_parser": True}
+    judge = {"judge_model_server": POLICY, "judge_responses_create_params": {"input": []}, "should_use_judge": False}
+    return {
+        "policy_model": ("responses_api_models", "vllm_model", model | tokens),
+        "math": ("resources_servers", "math_with_judge", judge),
+        "math_agent": ("responses_api_agents", "simple_agent", agent("math")),
+        "turns": ("resources_servers", "example_multi_turn_gymnasium", {}),
+        "turns_agent": ("responses_api_agents", "gymnasium_agent", agent("turns", max_steps=5)),
+        "weather": ("resources_servers", "example_single_tool_call", {}),
+        "weather_agent": ("responses_api_agents", "simple_agent", agent("weather", max_steps=4)),
+    }
+
+
+def main() -> None:
+    wanted, sockets = servers(sys.argv[1:]), {}
+    config = {"dry_run": False, "head_server": {"host": "127.0.0.1", "port": 1}}
+    for name, (kind, folder, settings) in wanted.items():
+        sockets[name] = socket.create_server(("127.0.0.1", 0))
+        place = {"entrypoint": "app.py", "domain": "other", "host": "127.0.0.1", "port": sockets[name].getsockname()[1]}
+        config[name] = {kind: {folder: place | settings}}
+    os.environ["NEMO_GYM_CONFIG_DICT"] = json.dumps(config)
+    found = []
+    uvicorn.run = lambda **settings: found.append(uvicorn.Server(uvicorn.Config(**settings)))  # instead of serving
+    for name, (kind, folder, _) in wanted.items():
+        os.environ["NEMO_GYM_CONFIG_PATH"] = name
+        module = importlib.import_module(f"{kind}.{folder}.app")
+        own = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+        [value for value in own if hasattr(value, "run_webserver")][-1].run_webserver()
+
+    async def serve() -> None:
+        urls = {name: f"http://127.0.0.1:{sock.getsockname()[1]}" for name, sock in sockets.items()}
+        os.write(1, json.dumps(urls).encode() + b"\n")  # Gym puts names before what is printed
+        await asyncio.gather(*(s.serve([sock]) for s, sock in zip(found, sockets.values(), strict=True)))
+
+    asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    main()

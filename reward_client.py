@@ -167,6 +167,7 @@ class RewardClient:
     def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):  # sessions keep connections open, but are not thread-safe
             self._local.session = requests.Session()
+            self._local.session.trust_env = self.process is None  # no HTTP_PROXY reaches our own server on 127.0.0.1
             token = os.environ.get("REWARD_SERVER_TOKEN")
             self._local.session.headers.update({"Authorization": f"Bearer {token}"} if token else {})
         return self._local.session

@@ -20,7 +20,9 @@ def verdicts(client: RewardClient) -> list[tuple[str, float]]:
     return [(v["status"], v["reward"]) for v in client.submit(TEXTS, {"expected_answer": "4"}).result(timeout=60)]
 
 
-def test_starts_scores_restarts_and_stops(tmp_path, capsys):
+def test_starts_scores_restarts_and_stops(tmp_path, capsys, monkeypatch):
+    """Also where the cluster has a proxy, which knows nothing of a server on 127.0.0.1."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     client = RewardClient(Env(reward_workers=1), tmp_path)
     try:
         assert verdicts(client) == VERDICTS

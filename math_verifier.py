@@ -1048,7 +1048,7 @@ def _parts(expr: Any, point: dict[Any, Any]) -> list[Any] | None:
     import sympy
 
     expr = expr.subs(point) if expr.has(sympy.floor, sympy.ceiling) else expr  # at an integer, rounding would decide
-    for digits in (60, 300, 10_000):
+    for digits in (60, 2_000, 10_000):
         value = expr.evalf(20, subs=point, maxn=digits)
         parts = value.as_real_imag() if value.is_number else (None,)
         if not all(part is not None and (part.is_Float or part.is_Integer) and part.is_finite for part in parts):

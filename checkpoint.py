@@ -131,7 +131,11 @@ class Checkpoints:
             self.save(policy, position, wandb_id)
         self.wait(policy)
         if self.saved_step:
-            print(f" • saved: '{self.dir}/step_{self.saved_step}'", flush=True)
+            print(f" • saved: '{self.last_saved()}'", flush=True)
+
+    def last_saved(self) -> Path | None:
+        """The newest checkpoint; None without any."""
+        return self.dir / f"step_{self.saved_step}" if self.saved_step else None
 
     def wait(self, policy: Policy) -> None:
         """Wait until the save in progress, if any, is complete. Raises RunError if it failed."""

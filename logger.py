@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,18 @@ import psutil
 from tqdm import tqdm
 
 from config import Config, ConfigError
+
+PERFORMANCE = ("efficiency", "mfu", "mbu", "gen_floor_s", "train_floor_s", "train_flops", "decode_bytes",
+               "tokens_per_s", "tokens_per_s_per_gpu", "total_tokens", "policy_peak_gib")  # fmt: skip
+
+
+def in_group(name: str) -> str:
+    """A metric's name in W&B and TensorBoard, which show together what has the same word before the slash."""
+    if name.startswith("val:"):
+        return f"validation/{name.removeprefix('val:')}"
+    if name.startswith("time/"):
+        return f"timing/{name.removeprefix('time/')}"
+    return f"performance/{name}" if name in PERFORMANCE else f"train/{name}"
 
 
 class Logger:
@@ -29,6 +42,8 @@ class Logger:
         self.local = threading.local()
         self.step, self.last_step = 0, 0
         self.first_step: int | None = None
+        self.total_seconds: Counter[str] = Counter()  # of each phase, over all steps
+        self.accuracies: dict[int, float] = {}  # of validations, by step
         self._start_clock()
         self.wandb = self.tensorboard = None
         if cfg.logger.wandb_enabled:
@@ -96,6 +111,7 @@ class Logger:
         metrics |= {"time/step_s": total, "time/elapsed_s": elapsed, "tokens_per_s": metrics["total_tokens"] / total}
         metrics["tokens_per_s_per_gpu"] = metrics["tokens_per_s"] / self.num_gpus
         metrics |= derive(metrics)
+        self.total_seconds.update(self.seconds)
         self._print_step(metrics, left=elapsed / (self.step - self.first_step + 1) * (self.last_step - self.step))
         self._write(self.step, metrics)
         self._write_samples(samples, "train")
@@ -126,8 +142,13 @@ class Logger:
         )
         print("\n".join(f" • {line}" for line in lines), flush=True)
 
-    def validation(self, step: int, metrics: dict[str, float], samples: list[Any]) -> None:
-        """Report a validation; its metrics are written with the step's (or alone before the first step)."""
+    def validation(
+        self, step: int, metrics: dict[str, float], samples: list[Any], decode: Callable[[Any], str]
+    ) -> None:
+        """Report a validation; its metrics are written with the step's (or alone before the first step).
+
+        `decode`: token ids to text, for the prompts.
+        """
         print(
             f" • validation: accuracy {metrics['val:accuracy']:.3f} on {len(samples)} answers, "
             f"{metrics['val:avg_length']:.1f} tokens",
@@ -135,6 +156,14 @@ class Logger:
         )
         for sample in samples[: self.cfg.num_val_samples_to_print]:
             print(f"   [{sample.reward:.0f}] {sample.text!r}")
+        self.accuracies[step] = metrics["val:accuracy"]
+        if self.wandb:
+            import wandb
+
+            columns = ["prompt", "response", "reward", "status", "tokens"]
+            chosen = best_and_worst(samples, self.cfg.num_rollouts_to_save)
+            rows = [[decode(s.prompt_ids), s.text, s.reward, s.status, s.response_tokens] for s in chosen]
+            self.wandb.log({"validation/samples": wandb.Table(columns, rows)}, step=step)
         self._write_samples(samples, "validation")
         if step == 0:
             self._write(0, metrics)
@@ -144,7 +173,7 @@ class Logger:
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.metrics_file.flush()
-        metrics = {name.replace("val:", "validation/"): value for name, value in metrics.items()}
+        metrics = {in_group(name): value for name, value in metrics.items()}
         if self.wandb:
             self.wandb.log(metrics, step=step)
         if self.tensorboard:
@@ -165,6 +194,19 @@ class Logger:
     def _row(self, sample: Any, split: str) -> str:
         values = {name: v.tolist() if hasattr(v, "tolist") else v for name, v in vars(sample).items()}
         return json.dumps({"step": self.step, "split": split, **values}) + "\n"
+
+    def summary(self, checkpoint: Path | None, data: str) -> None:
+        """What became of a run that is finished, and the commands that go on from there."""
+        if self.first_step is None:
+            return
+        total = time.perf_counter() - self.run_began
+        shares = [f"{name} {seconds / total:.0%}" for name, seconds in self.total_seconds.most_common(4)]
+        print(f"\n━━━ Finished: step {self.step} in {total / 60:.1f} minutes, of which {', '.join(shares)}")
+        if best := max(self.accuracies.items(), key=lambda item: item[1], default=None):
+            print(f" • best validation accuracy {best[1]:.3f}, after step {best[0]}")
+        print(f" • python plot_run.py {self.dir} --output {self.dir / 'run.png'}")
+        if checkpoint:
+            print(f" • python evaluate.py --model {checkpoint} --data {data}\n • vllm serve {checkpoint}", flush=True)
 
     def close(self) -> None:
         """Close everything; the last rows are written."""

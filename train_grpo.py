@@ -465,6 +465,7 @@ def train(cfg: Config) -> None:
     try:
         loop(run)
         run.checkpoints.wait(run.policy)
+        run.log.summary(run.checkpoints.last_saved(), cfg.data.validation_jsonl_fpath or cfg.data.train_jsonl_fpath)
     except Stopped:
         run.checkpoints.save_unsaved(run.policy, run.finished, run.log.wandb_id)
         raise
@@ -559,7 +560,7 @@ def validate(run: Run, step: int) -> dict[str, float]:
         "val:avg_length": of_all["mean_gen_tokens"],
         "val:truncation_rate": of_all["truncation_rate"],
     }
-    run.log.validation(step, metrics, found)
+    run.log.validation(step, metrics, found, run.tokenizer.decode)
     return metrics
 
 

@@ -93,7 +93,7 @@ def test_first_step_against_an_independent_computation(short_run, warm_model):
 
 
 @pytest.mark.slow
-def test_console_and_loggers(short_run):
+def test_console_and_loggers(short_run, arithmetic_rows):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, done = short_run
@@ -113,7 +113,15 @@ def test_console_and_loggers(short_run):
     assert ["val:accuracy" in m for m in steps] == [True, False, True, True]
     times = list(steps[1:])
     assert all(m["time/step_s"] > m["time/generate_s"] + m["time/train_s"] for m in times)
-    assert list((folder / "logs" / "wandb").glob("offline-run-*/*.wandb"))
+    (offline,) = (folder / "logs" / "wandb").glob("offline-run-*/*.wandb")
+    logged = offline.read_bytes()
+    for name in (b"train/reward", b"validation/accuracy", b"timing/generate_s", b"performance/tokens_per_s"):
+        assert name in logged
+    (table,) = {path.name: path for path in offline.parent.rglob("samples_0_*.table.json")}.values()
+    found = json.loads(table.read_text())
+    assert found["columns"] == ["prompt", "response", "reward", "status", "tokens"]
+    assert len(found["data"]) == len(read(arithmetic_rows / "validation.jsonl"))
+    assert "What is" in found["data"][0][0]
     assert [p.name for p in (folder / "logs" / "profile").iterdir()] == ["step_2.json"]
     names = {
         event.get("name")
@@ -122,7 +130,10 @@ def test_console_and_loggers(short_run):
     assert {"TokenLogprobs", "TokenLogprobsBackward", "aten::mm"} <= names
     events = EventAccumulator(str(folder / "logs" / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("validation/accuracy")] == [0, 2, 3]
-    assert [e.step for e in events.Scalars("reward")] == [1, 2, 3]
+    assert [e.step for e in events.Scalars("train/reward")] == [1, 2, 3]
+    best = max(m["val:accuracy"] for m in steps if "val:accuracy" in m)
+    assert f"best validation accuracy {best:.3f}, after step" in done.stdout
+    assert done.stdout.splitlines()[-1] == f" • vllm serve {folder}/checkpoints/step_3"
 
 
 @pytest.mark.slow

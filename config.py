@@ -85,13 +85,18 @@ class GRPO:
 
 @dataclass
 class LossFn:
-    variant: str = key("grpo", "how ratios and lengths enter the loss", among="grpo dr_grpo cispo gspo")
+    variant: str = key("grpo", "how ratios and lengths enter the loss", among="grpo dr_grpo cispo gspo dppo")
     reference_policy_kl_penalty: float = key(0.0, "beta of the k3 KL to the starting model; 0: none is loaded", least=0)
     ratio_clip_min: float = key(0.2, "ratio is clipped below 1 - this", least=0)
     ratio_clip_max: float = key(0.2, "ratio is clipped above 1 + this", least=0)
     ratio_clip_c: float | None = key(None, "dual clip: bounds the loss where the advantage is negative", above=1)
     use_importance_sampling_correction: bool = key(False, "importance weights: trainer over engine probability")
     truncated_importance_sampling_ratio: float | None = key(None, "upper bound of the importance weight", above=0)
+    truncated_importance_sampling_ratio_min: float = key(0.0, "lower bound, for icepop and seq-mask-tis", least=0)
+    truncated_importance_sampling_type: str = key(
+        "tis", "beyond the bounds: cut off, 0 for the token, or 0 for the sequence", among="tis icepop seq-mask-tis"
+    )
+    dppo_divergence: float = key(0.15, "dppo: farthest that a token's probability moves from the engine's", above=0)
     sequence_level_importance_ratios: bool = key(False, "one importance weight per sequence instead of per token")
     dr_grpo_length: float = key(1.0, "constant response length in the denominator of dr_grpo", above=0)
     token_level_loss: bool = key(True, "mean over all tokens; false: mean over sequences of their token means")

@@ -125,12 +125,13 @@ def grpo_loss(
         surrogate_T = torch.where(advantages_T < 0, bounded_T, surrogate_T)
     if cfg.variant == "cispo":  # the clipped ratio only weighs the gradient, arXiv:2506.13585
         surrogate_T = -advantages_T * clipped_T.detach() * cur_T
+    if cfg.variant == "dppo":  # no token moves its probability further from the engine's than this, arXiv:2602.04879
+        moved_T = (cur_T.exp() - gen_T.exp()).detach() * advantages_T.sign()
+        surrogate_T = -advantages_T * ratio_T * (moved_T <= cfg.dppo_divergence)
 
     gap_T = (old_T - gen_T).detach()  # trainer minus engine, same weights: the numerical mismatch of the two
     if cfg.use_importance_sampling_correction:
-        log_weight_T = sequence_sum(gap_T, sequence_T) if cfg.sequence_level_importance_ratios else gap_T
-        correction_T = torch.nan_to_num(log_weight_T.exp(), nan=0.0, posinf=0.0, neginf=0.0)
-        surrogate_T = surrogate_T * correction_T.clamp(max=cfg.truncated_importance_sampling_ratio or math.inf)
+        surrogate_T = surrogate_T * rollout_correction(gap_T, mask_T, sequence_T, cfg)
     weight_T = token_weights(mask_T, sequence_T, cfg, max(num_valid_tokens, 1), max(num_valid_sequences, 1))
     loss = (weight_T * surrogate_T).sum()
 
@@ -182,6 +183,25 @@ def token_weights(
     if cfg.token_level_loss:
         return mask_T / num_valid_tokens
     return mask_T / (sequence_sum(mask_T, sequence_T).clamp(min=1) * num_valid_sequences)
+
+
+def rollout_correction(
+    gap_T: torch.Tensor, mask_T: torch.Tensor, sequence_T: torch.Tensor, cfg: LossFn
+) -> torch.Tensor:
+    """Importance weight of each token [T], trainer over engine probability; names and bounds as in NeMo RL.
+
+    "tis" cuts weights off above (https://fengyao.notion.site/off-policy-rl); "icepop" makes those outside the bounds 0
+    (arXiv:2510.18855); "seq-mask-tis" drops sequences in which the geometric mean of the weights is outside.
+    """
+    log_weight_T = sequence_sum(gap_T, sequence_T) if cfg.sequence_level_importance_ratios else gap_T
+    weight_T = torch.nan_to_num(log_weight_T.exp(), nan=0.0, posinf=0.0, neginf=0.0)
+    least, most = cfg.truncated_importance_sampling_ratio_min, cfg.truncated_importance_sampling_ratio or math.inf
+    if cfg.truncated_importance_sampling_type == "tis":
+        return weight_T.clamp(max=most)
+    judged_T = weight_T
+    if cfg.truncated_importance_sampling_type == "seq-mask-tis":
+        judged_T = (sequence_sum(gap_T, sequence_T) / sequence_sum(mask_T, sequence_T).clamp(min=1)).exp()
+    return weight_T * ((judged_T >= least) & (judged_T <= most))
 
 
 def sequence_sum(x_T: torch.Tensor, sequence_T: torch.Tensor) -> torch.Tensor:

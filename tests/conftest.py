@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one takes seconds for a single example
+hypothesis.settings.load_profile("any machine")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 

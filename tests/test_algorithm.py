@@ -96,7 +96,7 @@ def test_advantages_ignore_a_shift(rewards, shift, leave_one_out):
 
 CUR = [-1.0, -0.5, -2.0, -0.1, -3.0, -0.7]
 OLD = [-1.2, -0.5, -1.5, -0.6, -3.0, -0.4]
-GEN = [-1.1, -0.6, -1.5, -0.7, -2.9, -0.4]
+GEN = [-1.1, -0.6, -1.5, -0.7, -3.0, -0.6]
 REF = [-0.9, -0.8, -2.5, -0.1, -2.0, -1.0]
 ADV = [1.5, 1.5, 1.5, -0.8, -0.8, -0.8]
 MASK = [1, 1, 0, 1, 1, 1]
@@ -135,9 +135,23 @@ def by_hand(cfg, old=OLD, ref=None, mask=MASK):
         if cfg.use_importance_sampling_correction:
             over = own if cfg.sequence_level_importance_ratios else [i]
             correction = math.exp(sum(old[j] - GEN[j] for j in over))
-            correction = min(correction, cfg.truncated_importance_sampling_ratio or math.inf)
+            least, most = (
+                cfg.truncated_importance_sampling_ratio_min,
+                cfg.truncated_importance_sampling_ratio or math.inf,
+            )
+            judged = correction
+            if cfg.truncated_importance_sampling_type == "seq-mask-tis":
+                judged = math.prod(math.exp(old[j] - GEN[j]) for j in own) ** (1 / len(own))
+            if cfg.truncated_importance_sampling_type == "tis":
+                correction = min(correction, most)
+            elif not least <= judged <= most:
+                correction = 0.0
         if cfg.variant == "cispo":
             value, slope = -a * clipped * CUR[i], {i: -a * clipped}
+        elif cfg.variant == "dppo":
+            moved = math.exp(CUR[i]) - math.exp(GEN[i])
+            value = -a * ratio if (moved if a > 0 else -moved) <= cfg.dppo_divergence else 0.0
+            slope = {i: value}
         else:
             value, active = max((-a * ratio, True), (-a * clipped, clipped == ratio), key=lambda p: p[0])
             if cfg.ratio_clip_c and a < 0 and value > -a * cfg.ratio_clip_c:
@@ -153,6 +167,11 @@ def by_hand(cfg, old=OLD, ref=None, mask=MASK):
     return total, grad
 
 
+BOUNDED = {
+    "use_importance_sampling_correction": True,
+    "truncated_importance_sampling_ratio_min": 0.95,
+    "truncated_importance_sampling_ratio": 1.05,
+}
 SETTINGS = [
     {},
     {"token_level_loss": False},
@@ -161,14 +180,16 @@ SETTINGS = [
     {"use_importance_sampling_correction": True},
     {"use_importance_sampling_correction": True, "truncated_importance_sampling_ratio": 1.05},
     {"use_importance_sampling_correction": True, "sequence_level_importance_ratios": True},
+    {**BOUNDED, "truncated_importance_sampling_type": "icepop"},
+    {**BOUNDED, "truncated_importance_sampling_type": "seq-mask-tis"},
 ]
 
 
-@pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "cispo", "gspo"])
+@pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "cispo", "gspo", "dppo"])
 @pytest.mark.parametrize("options", SETTINGS, ids=lambda o: ",".join(o) or "plain")
 @pytest.mark.parametrize("extras", ["old", "on-policy", "kl"])
 def test_loss_and_gradient_by_hand(variant, options, extras):
-    cfg = LossFn(variant=variant, dr_grpo_length=7.0, reference_policy_kl_penalty=0.3, **options)
+    cfg = LossFn(variant=variant, dr_grpo_length=7.0, dppo_divergence=0.01, reference_policy_kl_penalty=0.3, **options)
     kwargs = {"old": None if extras == "on-policy" else OLD, "ref": REF if extras == "kl" else None}
     loss, grad, _ = run_loss(cfg, **kwargs)
     want_loss, want_grad = by_hand(cfg, **kwargs)

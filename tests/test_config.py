@@ -296,7 +296,7 @@ def test_help_lists_every_key_with_type_default_and_meaning():
         assert field.metadata["help"] in text
     assert "grpo.max_val_samples  (int | null, null, at least 1)" in text
     assert "gpu_memory_utilization  (float, 0.8, above 0 and at most 1)" in text
-    assert "loss_fn.variant  (str, grpo, one of grpo dr_grpo cispo gspo)" in text
+    assert "loss_fn.variant  (str, grpo, one of grpo dr_grpo cispo gspo dppo)" in text
     assert "policy.model_name  (str, required)" in text
 
 

@@ -44,13 +44,14 @@ def lessons(rows: list[dict]) -> list[tuple[list[dict], list | None, str]]:
         params = row["responses_create_params"]
         chat, tools = [plain(message) for message in params["input"]], params.get("tools")
         if tools:
-            tools = [{"type": "function", "function": {k: v for k, v in tools[0].items() if k != "type"}}]
-        right = CALL if tools else row.get("expected_answer", "4")
+            function = {key: tools[0][key] for key in ("name", "description", "parameters")}  # as Gym passes it on
+            tools = [{"function": function, "type": "function"}]
+        right = CALL if tools else f"\\boxed{{{row['expected_answer']}}}"
         found += [(chat, tools, right), (chat, tools, "no idea")]
     return found
 
 
-def make_taught_model(rows: list[dict], folder: Path, steps: int = 60) -> None:
+def make_taught_model(rows: list[dict], folder: Path, steps: int = 100) -> None:
     """A model of the quickstart's size, with tools in its template and room for them, that has seen the lessons."""
     texts = [json.dumps(row, ensure_ascii=False) for row in rows] + [CALL, r"no idea \boxed{0123}"]
     tokenizer = train_tokenizer(texts)
@@ -108,15 +109,18 @@ def main() -> None:
     servers = [GYM_PYTHON, str(ROOT / "tests" / "gym_servers.py"), f"http://{address}/v1"]
     results = {"environment": environment()}
     print(f"| environment | step | {' | '.join(METRICS)} | generate s |\n|---|---|{'---|' * (len(METRICS) + 1)}")
-    with subprocess.Popen(servers, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        urls = json.loads(next(line for line in process.stdout if line.startswith("{")))
-        for name in FOLDERS:
-            with tempfile.TemporaryDirectory() as folder:
-                results[name] = train(name, urls, address, Path(folder), args.steps)
-            for m in results[name]:
-                values = " | ".join(f"{m[key]:.3g}" if key in m else "-" for key in METRICS)
-                print(f"| {name} | {m['step']} | {values} | {m['time/generate_s']:.2f} |", flush=True)
-        process.kill()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(servers, text=True, **pipes) as process:
+        try:
+            urls = json.loads(next(line for line in process.stdout if line.startswith("{")))
+            for name in FOLDERS:
+                with tempfile.TemporaryDirectory() as folder:
+                    results[name] = train(name, urls, address, Path(folder), args.steps)
+                for m in results[name]:
+                    values = " | ".join(f"{m[key]:.3g}" if key in m else "-" for key in METRICS)
+                    print(f"| {name} | {m['step']} | {values} | {m['time/generate_s']:.2f} |", flush=True)
+        finally:
+            process.kill()
     if args.results:
         args.results.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """Real servers of NeMo Gym for tests and benchmarks, all in one process: `GYM_PYTHON gym_servers.py MODEL_URL ...`
 
-Prints {name: url} when they listen. `gym env start` starts the same servers, each in a process and a virtual
-environment of its own, which takes minutes; their code and configuration are the same.
+Prints {name: url} when they listen, and ends with its standard input. `gym env start` starts the same servers, each in
+a process and a virtual environment of its own, which takes minutes; their code and configuration are the same.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import threading
 
 import uvicorn
 
@@ -36,7 +37,13 @@ def servers(model_urls: list[str]) -> dict[str, tuple[str, str, dict]]:
     }
 
 
+def end_with_input() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
 def main() -> None:
+    threading.Thread(target=end_with_input, daemon=True).start()  # so that no server outlives who started it
     wanted, sockets = servers(sys.argv[1:]), {}
     config = {"dry_run": False, "head_server": {"host": "127.0.0.1", "port": 1}}
     for name, (kind, folder, settings) in wanted.items():

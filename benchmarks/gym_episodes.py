@@ -1,9 +1,9 @@
-"""Train three steps on three environments of NeMo Gym, with two engines on the CPU: does every token survive the wire?
+"""Train three steps on two environments of NeMo Gym, with two engines on the CPU: does every token survive the wire?
 
     GYM_PYTHON=.venv-gym/bin/python python benchmarks/gym_episodes.py [--steps 3] [--results FILE]
 
-math: math_with_judge through simple_agent. turns: example_multi_turn_gymnasium, 2 to 3 turns. weather:
-example_single_tool_call, a tool in two turns. The models are tiny, and were shown what they may say for a minute.
+turns: example_multi_turn_gymnasium, 2 to 3 turns. weather: example_single_tool_call, a tool in two turns. (Math is in
+tests/test_gym.py.) The models are tiny, and were shown what they may say for a minute.
 Prints a Markdown table of each step. `gen_kl_error` is near 0 only if engine and trainer saw the same tokens.
 """
 
@@ -27,7 +27,7 @@ from gym import plain  # noqa: E402
 
 GYM_PYTHON = os.environ.get("GYM_PYTHON", str(ROOT / ".venv-gym" / "bin" / "python"))
 CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "sf"}}</tool_call>'
-FOLDERS = {"math": "math_with_judge", "turns": "example_multi_turn_gymnasium", "weather": "example_single_tool_call"}
+FOLDERS = {"turns": "example_multi_turn_gymnasium", "weather": "example_single_tool_call"}
 METRICS = ("reward", "gen_kl_error", "grad_norm", "mean_turns", "num_tool_calls", "num_masked_tokens", "num_unverified")
 
 
@@ -51,7 +51,7 @@ def lessons(rows: list[dict]) -> list[tuple[list[dict], list | None, str]]:
     return found
 
 
-def make_taught_model(rows: list[dict], folder: Path, steps: int = 100) -> None:
+def make_taught_model(rows: list[dict], folder: Path, steps: int = 60) -> None:
     """A model of the quickstart's size, with tools in its template and room for them, that has seen the lessons."""
     texts = [json.dumps(row, ensure_ascii=False) for row in rows] + [CALL, r"no idea \boxed{0123}"]
     tokenizer = train_tokenizer(texts)

@@ -1,9 +1,9 @@
-"""Train three steps on three environments of NeMo Gym, with two engines on the CPU: does every token survive the wire?
+"""Train three steps on two environments of NeMo Gym, with two engines on the CPU: does every token survive the wire?
 
     GYM_PYTHON=.venv-gym/bin/python python benchmarks/gym_episodes.py [--steps 3] [--results FILE]
 
-math: math_with_judge through simple_agent. turns: example_multi_turn_gymnasium, 2 to 3 turns. weather:
-example_single_tool_call, a tool in two turns. The models are tiny, and were shown what they may say for a minute.
+turns: example_multi_turn_gymnasium, 2 to 3 turns. weather: example_single_tool_call, a tool in two turns. (Math is in
+tests/test_gym.py.) The models are tiny, and were shown what they may say for a minute.
 Prints a Markdown table of each step. `gen_kl_error` is near 0 only if engine and trainer saw the same tokens.
 """
 
@@ -27,7 +27,7 @@ from gym import plain  # noqa: E402
 
 GYM_PYTHON = os.environ.get("GYM_PYTHON", str(ROOT / ".venv-gym" / "bin" / "python"))
 CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "sf"}}</tool_call>'
-FOLDERS = {"math": "math_with_judge", "turns": "example_multi_turn_gymnasium", "weather": "example_single_tool_call"}
+FOLDERS = {"weather": "example_single_tool_call", "turns": "example_multi_turn_gymnasium"}
 METRICS = ("reward", "gen_kl_error", "grad_norm", "mean_turns", "num_tool_calls", "num_masked_tokens", "num_unverified")
 
 
@@ -44,8 +44,9 @@ def lessons(rows: list[dict]) -> list[tuple[list[dict], list | None, str]]:
         params = row["responses_create_params"]
         chat, tools = [plain(message) for message in params["input"]], params.get("tools")
         if tools:
-            tools = [{"type": "function", "function": {k: v for k, v in tools[0].items() if k != "type"}}]
-        right = CALL if tools else row.get("expected_answer", "4")
+            function = {key: tools[0][key] for key in ("name", "description", "parameters")}  # as Gym passes it on
+            tools = [{"function": function, "type": "function"}]
+        right = CALL if tools else f"\\boxed{{{row['expected_answer']}}}"
         found += [(chat, tools, right), (chat, tools, "no idea")]
     return found
 
@@ -108,15 +109,18 @@ def main() -> None:
     servers = [GYM_PYTHON, str(ROOT / "tests" / "gym_servers.py"), f"http://{address}/v1"]
     results = {"environment": environment()}
     print(f"| environment | step | {' | '.join(METRICS)} | generate s |\n|---|---|{'---|' * (len(METRICS) + 1)}")
-    with subprocess.Popen(servers, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        urls = json.loads(next(line for line in process.stdout if line.startswith("{")))
-        for name in FOLDERS:
-            with tempfile.TemporaryDirectory() as folder:
-                results[name] = train(name, urls, address, Path(folder), args.steps)
-            for m in results[name]:
-                values = " | ".join(f"{m[key]:.3g}" if key in m else "-" for key in METRICS)
-                print(f"| {name} | {m['step']} | {values} | {m['time/generate_s']:.2f} |", flush=True)
-        process.kill()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(servers, text=True, **pipes) as process:
+        try:
+            urls = json.loads(next(line for line in process.stdout if line.startswith("{")))
+            for name in FOLDERS:
+                with tempfile.TemporaryDirectory() as folder:
+                    results[name] = train(name, urls, address, Path(folder), args.steps)
+                for m in results[name]:
+                    values = " | ".join(f"{m[key]:.3g}" if key in m else "-" for key in METRICS)
+                    print(f"| {name} | {m['step']} | {values} | {m['time/generate_s']:.2f} |", flush=True)
+        finally:
+            process.kill()
     if args.results:
         args.results.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """Real servers of NeMo Gym for tests and benchmarks, all in one process: `GYM_PYTHON gym_servers.py MODEL_URL ...`
 
-Prints {name: url} when they listen. `gym env start` starts the same servers, each in a process and a virtual
-environment of its own, which takes minutes; their code and configuration are the same.
+Prints {name: url} when they listen, and ends with its standard input. `gym env start` starts the same servers, each in
+a process and a virtual environment of its own, which takes minutes; their code and configuration are the same.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import threading
 
 import uvicorn
 
@@ -25,9 +26,11 @@ def servers(model_urls: list[str]) -> dict[str, tuple[str, str, dict]]:
     model = {"base_url": model_urls, "api_key": "none", "model": "policy"}
     tokens = {"return_token_id_information": True, "uses_reasoning_parser": True}
     judge = {"judge_model_server": POLICY, "judge_responses_create_params": {"input": []}, "should_use_judge": False}
+    # It forks for each verdict; where all forks together are slower than its 10 s, each answer would be worth 0.
+    forks = {"library_verifier_max_concurrency": 2, "library_verifier_timeout_seconds": 120}
     return {
         "policy_model": ("responses_api_models", "vllm_model", model | tokens),
-        "math": ("resources_servers", "math_with_judge", judge),
+        "math": ("resources_servers", "math_with_judge", judge | forks),
         "math_agent": ("responses_api_agents", "simple_agent", agent("math")),
         "turns": ("resources_servers", "example_multi_turn_gymnasium", {}),
         "turns_agent": ("responses_api_agents", "gymnasium_agent", agent("turns", max_steps=5)),
@@ -36,7 +39,13 @@ def servers(model_urls: list[str]) -> dict[str, tuple[str, str, dict]]:
     }
 
 
+def end_with_input() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
 def main() -> None:
+    threading.Thread(target=end_with_input, daemon=True).start()  # so that no server outlives who started it
     wanted, sockets = servers(sys.argv[1:]), {}
     config = {"dry_run": False, "head_server": {"host": "127.0.0.1", "port": 1}}
     for name, (kind, folder, settings) in wanted.items():

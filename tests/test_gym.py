@@ -37,7 +37,8 @@ def gym():
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [GYM_PYTHON, str(ROOT / "tests" / "gym_servers.py"), f"http://{address}/v1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as process:
         urls = next(line for line in process.stdout if line.startswith("{"))
         yield json.loads(urls) | {"policy": address}
         process.kill()

@@ -28,7 +28,9 @@ from rows import read_row
 
 RECIPE = str(ROOT / "recipes" / "quickstart.yaml")
 GYM_PYTHON = os.environ.get("GYM_PYTHON", str(ROOT / ".venv-gym" / "bin" / "python"))
-needs_gym = pytest.mark.skipif(not Path(GYM_PYTHON).exists(), reason="no NeMo Gym: bash tools/install_gym.sh")
+needs_gym = pytest.mark.skipif(
+    not Path(GYM_PYTHON).with_name("gym").exists(), reason="no NeMo Gym: bash tools/install_gym.sh"
+)
 
 
 @pytest.fixture(scope="module")

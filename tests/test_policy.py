@@ -258,6 +258,16 @@ def test_nonfinite_engine_logprobs_are_masked_and_counted(start_run):
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+def test_what_the_environment_said_is_not_trained_on(start_run):
+    """Two of seven tokens are not the model's own: the others are a batch of five."""
+    run = start_run("policy.optimizer.lr=0")
+    samples = [sample(0, [7], [40, 41, 42, 43], False, 1.0), sample(0, [9], [40, 41, 42], False, 0.0)]
+    samples[0].mask = np.array([True, False, False, True])
+    metrics = update_policy(run, samples, torch.tensor([1.0, -0.5]))
+    assert metrics["num_nonfinite_logprobs"] == 0
+    assert metrics["loss"] == pytest.approx(-(2 * 1.0 - 3 * 0.5) / 5, rel=1e-6)
+
+
 def test_an_answer_that_was_not_verified_is_not_counted(start_run):
     """Of three answers weighed alike two count: the mean is over those."""
     run = start_run("policy.optimizer.lr=0", "loss_fn.token_level_loss=false")

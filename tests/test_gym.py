@@ -200,6 +200,8 @@ def test_evaluation_plays_the_same_episodes(tokenizer, tiny_model, tmp_path, mon
 @pytest.mark.slow
 def test_tokens_and_logprobs_of_a_real_engine(warm_model):
     """Several turns, a prefix cache and two requests at a time: the log-probabilities are those of the sequence."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
     tokenizer, model = AutoTokenizer.from_pretrained(warm_model), AutoModelForCausalLM.from_pretrained(warm_model)
     limits = ["policy.max_total_sequence_length=250", "policy.sequence_packing.train_mb_tokens=250", GUESS]
     cfg: Config = load_config(RECIPE, [*limits, f"policy.model_name={warm_model}"])
@@ -221,6 +223,7 @@ def test_tokens_and_logprobs_of_a_real_engine(warm_model):
     played.function = play
     found = played.play([{"number": 99}, {"number": 98}], 2, 0, lambda: None)
     played.close()
+    cleanup_dist_env_and_memory()  # later tests make process groups of their own
     assert [e.turns for e in found] == [4] * 4
     for e in found:
         ids = torch.from_numpy(np.concatenate([e.prompt_ids, e.response_ids]))[None]

@@ -10,24 +10,29 @@ micro-batch.
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from attention import SharedAttention
 from config import ConfigError, PolicyCfg
 
 GROUP_WEIGHTS = 1 << 27  # FSDP gathers and reduces decoder layers with at most so many weights together
-ROUNDING = 1e-3  # float32 log-probabilities of the same tokens, computed in two ways, are closer than that
 HEAD_CHUNK = 4096  # the LM head computes this many response tokens at a time: float32 logits [HEAD_CHUNK, vocabulary]
 
 
@@ -388,15 +393,19 @@ def packed_hidden(lm: nn.Module, mb: MicroBatch) -> torch.Tensor:
 
 
 def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel:
-    """Load `cfg.model_name` in float32 and shard it: tensor parallel over mesh["tp"], FSDP2 over mesh["dp"]."""
-    lm = AutoModelForCausalLM.from_pretrained(cfg.model_name, dtype=torch.float32, attn_implementation="packed")
+    """`cfg.model_name` in float32, sharded: tensor parallel over mesh["tp"], FSDP2 over mesh["dp"].
+
+    No rank ever holds more than its shards and one weight: the model is built without numbers, split, and then filled.
+    """
+    config, d = AutoConfig.from_pretrained(cfg.model_name), cfg.dtensor_cfg
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="packed")
+    with suppress(OSError):  # a model need not have one
+        lm.generation_config = GenerationConfig.from_pretrained(cfg.model_name)
     # An embedding gives no gradient to its padding token. Nothing is padded here, and where that token is also the end
     # token, the model would never learn from the ends that it reads.
     lm.get_input_embeddings().padding_idx = None
     switch_off_dropout(lm)
-    d = cfg.dtensor_cfg
-    lm.to(device if not d.cpu_offload else "cpu").train()  # gradient checkpointing is for training mode alone
-    self_test(lm)
     if mesh["tp"].size() > 1:
         parallelize(lm, mesh["tp"])
     if d.activation_checkpointing:
@@ -419,37 +428,48 @@ def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel
     for start in range(0, len(layers), many) if many < len(layers) else ():
         fully_shard(layers[start : start + many], **shard)
     fully_shard(model, **shard)
+    model.to_empty(device="cpu" if d.cpu_offload else device)
+    lm.tie_weights()
+    load_weights(lm, cfg.model_name, device)
     return model
 
 
-@torch.no_grad()
-def self_test(lm: nn.Module) -> None:
-    """Raise ConfigError if packed sequences do not get the log-probabilities that each of them has alone.
+def load_weights(lm: nn.Module, model_name: str, device: torch.device) -> None:
+    """Read this rank's part of each weight and buffer from the model's safetensors files, whatever their precision.
 
-    A layer that carries state from token to token would mix the sequences of a pack, for instance. Alone means Hugging
-    Face's own forward pass with its own attention and head, in float32, so that other differences are found too.
+    Raises ConfigError if a weight is not in them.
     """
-    rng, head = np.random.default_rng(0), lm.lm_head.weight
-    drawn = [rng.integers(len(head), size=n) for n in (7, 6, 3, 4, 5)]
-    batch = Sequences([drawn[0], drawn[0], drawn[3]], [drawn[1], drawn[2], drawn[4]], {}, {})
-    mb = MicroBatch.build(batch, head.device)
-    packed_TV = packed_hidden(lm, mb) @ head.t()
-    lm.set_attn_implementation("eager")
-    alone_TV = []
-    for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True):
-        ids = torch.as_tensor(np.concatenate([prompt, response]), device=head.device)
-        alone_TV.append(lm(ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1])
-    lm.set_attn_implementation("packed")
-
-    def logprobs(logits_TV: torch.Tensor) -> torch.Tensor:
-        return logits_TV.log_softmax(-1).gather(-1, mb.target_T[:, None])
-
-    gap = (logprobs(packed_TV) - logprobs(torch.cat(alone_TV))).abs().max().item()
-    if not gap < ROUNDING:
+    for module in lm.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+    for weight in lm.parameters():
+        weight._is_hf_initialized = True
+    lm.initialize_weights()  # of the buffers alone: those that are not in the files, such as rotary frequencies
+    folder = model_name
+    if not Path(folder).is_dir():
+        folder = snapshot_download(model_name, allow_patterns=["*.safetensors"])
+    reader = dcp.HuggingFaceStorageReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    wanted = revert_weight_conversion(lm, tensors_of(lm))  # a few types have other names in their files
+    missing = [
+        name
+        for name, tensor in wanted.items()
+        if isinstance(tensor, nn.Parameter) and (name not in stored or stored[name].size != tensor.shape)
+    ]
+    if missing:
         raise ConfigError(
-            f"a model of type {lm.config.model_type} cannot be trained here: log-probabilities of sequences packed and "
-            f"alone differ by {gap:.2g}, more than by rounding ({ROUNDING})"
+            f"policy.model_name='{model_name}': {len(missing)} of the model's weights are not in its safetensors files "
+            f"or have another size there, such as {missing[0]}"
         )
+    found = {name: tensor for name, tensor in wanted.items() if name in stored}
+    with warnings.catch_warnings(action="ignore"):  # of the lack of a process group
+        dcp.load(found, storage_reader=reader, no_dist=True)
+
+
+def tensors_of(lm: nn.Module) -> dict[str, torch.Tensor]:
+    """What belongs to a checkpoint, by Hugging Face name: weights (a tied head once, as the embedding) and buffers."""
+    names = lm.state_dict().keys()  # some buffers are made anew by each model
+    return dict(lm.named_parameters()) | {name: buffer for name, buffer in lm.named_buffers() if name in names}
 
 
 def switch_off_dropout(lm: nn.Module) -> None:

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from config import Config, PolicyCfg
 from launch import Actors
-from model import MicroBatch, Sequences, add_partial_gradients, build_model, pack
+from model import MicroBatch, Sequences, add_partial_gradients, build_model, pack, tensors_of
 from refit import WeightSender, full
 
 WARM_UP_TOKENS = 2048  # near that of real batches: torch.compile tunes sums over tokens for the first number it sees
@@ -94,9 +94,7 @@ class PolicyWorker(WeightSender):
         for shard in self.shards:  # made here, so that a checkpoint before the first step has them too
             moments = {key: torch.zeros_like(shard.detach()) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **moments}
-        lm = self.model.lm  # a tied head is in its parameters once, as the embedding
-        stored = lm.state_dict().keys()  # also of buffers: without them an engine would keep random numbers there
-        self.offer_weights(dict(lm.named_parameters()) | {k: v for k, v in lm.named_buffers() if k in stored})
+        self.offer_weights(tensors_of(self.model.lm))  # with buffers: an engine would keep random numbers in them
         self.reference = [w.cpu().clone() for w in self.local_weights()] if self.keep_reference else []
         return sum(w.numel() for w in self.weights)
 

@@ -1,7 +1,7 @@
 """Which models can be trained: decided from a model's configuration, before anything starts and without its weights.
 
 The model is built on the meta device, where tensors have shapes but no numbers, and runs once to show what it asks of
-its attention. What only numbers show is left to `model.self_test`, which runs when the weights are loaded.
+its attention. What only numbers show, `fault_of_packing` finds with random ones in the first layers.
 docs/models.md lists the types of transformers that pass both. `check_refit` compares with the engines, once they run.
 """
 
@@ -15,11 +15,13 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from config import ConfigError, PolicyCfg
 from hardware import Shape
-from model import Sequences
+from model import MicroBatch, Sequences, packed_hidden, switch_off_dropout
 
 SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # in configurations; not computed here
 ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")  # arguments of attention functions; not computed here
 TP_STYLES = ("colwise", "rowwise", "replicated_with_grad_allreduce")  # what model.py does of a tensor-parallel plan
+ROUNDING = 1e-3  # float32 log-probabilities of the same tokens, computed in two ways, are closer than that
+VOCABULARY = 64  # of the model that `fault_of_packing` runs
 # Mean difference of the log-probabilities of engine and policy that rounding may account for, by precision.
 AGREEMENT = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.1}
 
@@ -38,6 +40,7 @@ def check_model(cfg: PolicyCfg, vocabulary: int = 0) -> None:
             fault_of_parts(lm, vocabulary)
             or fault_of_attention(lm, cfg.max_total_sequence_length)
             or (tp > 1 and fault_of_split(lm, tp))
+            or fault_of_packing(first_layers(lm))
         )
         if not why:
             Shape.of(name)  # a start needs it, too
@@ -130,6 +133,56 @@ def fault_of_split(lm: nn.Module, tp: int) -> str:
             style = next((style for pattern, style in plan.items() if fnmatch(module, pattern)), "none")
             return start + f"its plan in transformers has no style for {module} that is known here ({style})"
     return ""
+
+
+def first_layers(lm: nn.Module) -> nn.Module:
+    """The first two layers of a model that has no numbers yet, with random ones and a small vocabulary, in float32.
+
+    How layers treat packed sequences depends on their code, not on their numbers, and so a model of any size is
+    tested before anything starts, in little memory.
+    """
+    lm.base_model.layers = lm.base_model.layers[:2]
+    lm.set_input_embeddings(nn.Embedding(VOCABULARY, lm.get_input_embeddings().embedding_dim))
+    lm.lm_head = nn.Linear(lm.lm_head.in_features, VOCABULARY, bias=False)
+    lm = lm.float().to_empty(device="cpu")
+    for weight in lm.parameters():
+        weight._is_hf_initialized = weight.ndim > 1
+    lm.initialize_weights()  # buffers, norms and biases
+    random = torch.Generator().manual_seed(0)
+    for weight in lm.parameters():  # numbers so large that every part of a layer matters
+        start = 0 if weight.ndim > 1 else weight.data.clone()
+        weight.data.normal_(std=weight.shape[-1] ** -0.5, generator=random).add_(start)
+    switch_off_dropout(lm)
+    lm.set_attn_implementation("packed")
+    return lm
+
+
+@torch.no_grad()
+def fault_of_packing(lm: nn.Module) -> str:
+    """How far packed sequences miss the log-probabilities that each of them has alone, or an empty string.
+
+    A layer that carries state from token to token would mix the sequences of a pack, for instance. Alone means Hugging
+    Face's own forward pass with its own attention and head, so that other differences are found too.
+    """
+    rng, head = np.random.default_rng(0), lm.lm_head.weight
+    drawn = [rng.integers(len(head), size=n) for n in (7, 6, 3, 4, 5)]
+    batch = Sequences([drawn[0], drawn[0], drawn[3]], [drawn[1], drawn[2], drawn[4]], {}, {})
+    mb = MicroBatch.build(batch, head.device)
+    packed_TV = packed_hidden(lm, mb) @ head.t()
+    lm.set_attn_implementation("eager")
+    alone_TV = []
+    for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True):
+        ids = torch.as_tensor(np.concatenate([prompt, response]), device=head.device)
+        alone_TV.append(lm(ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1])
+    lm.set_attn_implementation("packed")
+
+    def logprobs(logits_TV: torch.Tensor) -> torch.Tensor:
+        return logits_TV.log_softmax(-1).gather(-1, mb.target_T[:, None])
+
+    gap = (logprobs(packed_TV) - logprobs(torch.cat(alone_TV))).abs().max().item()
+    if gap < ROUNDING:
+        return ""
+    return f"log-probabilities of sequences packed and alone differ by {gap:.2g}, more than by rounding ({ROUNDING})"
 
 
 def probe(

@@ -5,6 +5,7 @@ import math
 import socket
 import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch.multiprocessing as mp
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import model
 import policy
@@ -605,3 +608,34 @@ def test_sequences_by_prompt(drawn, limit):
         assert len({drawn[i][0] for i in part}) == 1
         assert count <= limit or len(part) == 1
         assert count == len(MicroBatch.build(batch.take(part), torch.device("cpu")).input_ids_N)
+
+
+def rank_that_loads(rank, address, cfg, most):
+    """Fails if this process grows by more than `most` bytes while it loads its part of the model."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://{address}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    Path("/proc/self/clear_refs").write_text("5")  # from here on Linux notes the peak anew
+
+    def status(name: str) -> int:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+        return int(line.split()[1]) * 1024
+
+    before = status("VmRSS")
+    lm = model.build_model(cfg.policy, mesh, torch.device("cpu"))
+    grown = status("VmHWM") - before
+    assert grown < most, f"rank {rank} grew by {grown / 2**20:.0f} MiB, {most / 2**20:.0f} MiB are allowed"
+    assert sum(p.to_local().numel() for p in lm.parameters()) * 4 < most
+    torch.distributed.destroy_process_group()
+
+
+def test_a_rank_loads_no_more_than_its_part_of_the_model(tmp_path, tiny_model, config):
+    """Its shard in float32, its part of the file in bfloat16, one weight; the whole model would not fit."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6}
+    large = AutoConfig.from_pretrained(tiny_model, **sizes, layer_types=["full_attention"] * 6)
+    lm = AutoModelForCausalLM.from_config(large, dtype=torch.bfloat16)
+    lm.save_pretrained(tmp_path)
+    parameters, largest = sum(p.numel() for p in lm.parameters()), max(p.numel() for p in lm.parameters())
+    most = parameters // 2 * (4 + 2) + 4 * largest + 2**25
+    assert most < parameters * 4
+    spawn(rank_that_loads, (free_address(), config(f"policy.model_name={tmp_path}"), most), 2)

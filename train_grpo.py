@@ -25,6 +25,7 @@ The same command continues from the newest checkpoint. Exit codes: see launch.ru
 """
 
 import math
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -75,8 +76,7 @@ def group_advantages(
         if n < 2 or r.max() == r.min():
             continue
         others = r.expand(n, n)  # row i: the rewards that sample i is compared with
-        if leave_one_out:
-            others = others[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
+        others = others[~torch.eye(n, dtype=torch.bool)].view(n, n - 1) if leave_one_out else others
         advantage = r - others.mean(1)
         if normalize and others.shape[1] > 1:
             # torch's std is two-pass: E[x^2] - E[x]^2 would turn equal rewards into noise, and noise into a divisor
@@ -116,7 +116,7 @@ def grpo_loss(
     old_T = cur_T.detach() if old_logprobs_T is None else keep(old_logprobs_T)
     log_ratio_T = cur_T - old_T
     if cfg.variant == "gspo":  # one ratio per sequence, the mean over its tokens, arXiv:2507.18071
-        log_ratio_T = sequence_sum(log_ratio_T, sequence_T) / sequence_sum(mask_T, sequence_T).clamp(min=1)
+        log_ratio_T = sequence_mean(log_ratio_T, mask_T, sequence_T)
     ratio_T = log_ratio_T.exp()
     clipped_T = ratio_T.clamp(1 - cfg.ratio_clip_min, 1 + cfg.ratio_clip_max)
     surrogate_T = torch.maximum(-advantages_T * ratio_T, -advantages_T * clipped_T)
@@ -196,11 +196,10 @@ def rollout_correction(
     log_weight_T = sequence_sum(gap_T, sequence_T) if cfg.sequence_level_importance_ratios else gap_T
     weight_T = torch.nan_to_num(log_weight_T.exp(), nan=0.0, posinf=0.0, neginf=0.0)
     least, most = cfg.truncated_importance_sampling_ratio_min, cfg.truncated_importance_sampling_ratio or math.inf
-    if cfg.truncated_importance_sampling_type == "tis":
+    kind = cfg.truncated_importance_sampling_type
+    if kind == "tis":
         return weight_T.clamp(max=most)
-    judged_T = weight_T
-    if cfg.truncated_importance_sampling_type == "seq-mask-tis":
-        judged_T = (sequence_sum(gap_T, sequence_T) / sequence_sum(mask_T, sequence_T).clamp(min=1)).exp()
+    judged_T = sequence_mean(gap_T, mask_T, sequence_T).exp() if kind == "seq-mask-tis" else weight_T
     return weight_T * ((judged_T >= least) & (judged_T <= most))
 
 
@@ -208,6 +207,11 @@ def sequence_sum(x_T: torch.Tensor, sequence_T: torch.Tensor) -> torch.Tensor:
     """For each token the sum of `x_T` over its sequence (equal values of `sequence_T`). [T] to [T]."""
     _, ids_T = torch.unique(sequence_T, return_inverse=True)
     return torch.zeros_like(x_T).index_add(0, ids_T, x_T)[ids_T]
+
+
+def sequence_mean(x_T: torch.Tensor, mask_T: torch.Tensor, sequence_T: torch.Tensor) -> torch.Tensor:
+    """For each token the mean of `x_T`, which is 0 where masked, over the unmasked tokens of its sequence."""
+    return sequence_sum(x_T, sequence_T) / sequence_sum(mask_T, sequence_T).clamp(min=1)
 
 
 # ---------------------------------------------------------------- samples
@@ -282,12 +286,8 @@ def sample_and_score(run: "Run", rows: Rows, indices: list[int], n: int, seed: i
 
 def groups_with_signal(samples: list[Sample]) -> set[int]:
     """Prompts whose verified responses did not all get the same reward."""
-    first: dict[int, float] = {}  # the first reward of each group
-    found = set()
-    for s in samples:
-        if s.verified and first.setdefault(s.prompt, s.reward) != s.reward:
-            found.add(s.prompt)
-    return found
+    different = {(s.prompt, s.reward) for s in samples if s.verified}
+    return {prompt for prompt, count in Counter(prompt for prompt, _ in different).items() if count > 1}
 
 
 @dataclass
@@ -383,11 +383,9 @@ def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor)
     old = dict(zip(later, run.policy.logprobs(batch.take(later)), strict=True)) if len(later) else {}
     reference = dict(zip(active, run.policy.logprobs(batch.take(active), True), strict=True)) if needs_reference else {}
     results, valid_tokens = [], []
-    for start in range(0, len(samples), size):
-        mine = active[(start <= active) & (active < start + size)]
-        if not len(mine):
-            continue
-        part, valid = batch.take(mine), valid_S[start : start + size]
+    for number in np.unique(active // size):
+        mine = active[active // size == number]
+        part, valid = batch.take(mine), valid_S[number * size : (number + 1) * size]
         for name, known in (("old_logprobs_T", old), ("ref_logprobs_T", reference)):
             if mine[0] in known:
                 part.per_token[name] = [known[i] for i in mine]
@@ -416,16 +414,14 @@ def combine_steps(results: list[dict[str, float]], valid_tokens: list[float]) ->
     """
     weight = np.array(valid_tokens)  # a metric times this is its sum over the trained tokens
     trained = sum(weight * [r["trained_token_fraction"] for r in results])
+    parts = {name: (1.0, len(results)) for name in STEP_FACTS} | {"trained_token_fraction": (weight, weight.sum())}
     combined = {}
     for name in results[0] if results else ():
         values = np.array([r[name] for r in results])
-        if name in STEP_FACTS:
-            combined[name] = values.mean()
-        elif name.endswith(("_min", "_max")):
-            combined[name] = getattr(values, name[-3:])()
-        else:
-            combined[name] = (values * weight).sum() / (weight.sum() if name == "trained_token_fraction" else trained)
-    return {name: float(value) for name, value in combined.items()}
+        factor, total = parts.get(name, (weight, trained))
+        extremum = getattr(values, name[-3:]) if name.endswith(("_min", "_max")) else None
+        combined[name] = float(extremum() if extremum else (values * factor).sum() / total)
+    return combined
 
 
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
@@ -474,9 +470,9 @@ class Run:
     finished: Position  # the last step that was finished; the next two belong to the one that is being made
     batches_drawn: int  # of prompts: one a step, more with dynamic sampling
     exceeded: dict[str, int]  # for each gate the steps in a row that were beyond it
+    learned: bool  # whether any step had something to learn from; taken for granted of those before a continuation
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     ahead: Future | None = None  # the next step's batch, where it is drawn in the background
-    learned: bool = False  # whether any step of this process had something to learn from
 
 
 def train(cfg: Config) -> None:
@@ -500,14 +496,13 @@ def train(cfg: Config) -> None:
 
 def loop(run: Run) -> None:
     """Steps until the last one, or until the epochs' prompts are used up."""
-    first = run.finished.step + 1
-    if first == 1:
+    if run.finished.step == 0:
         with run.stop.interruptible():
             validate(run, step=0)
     while run.finished.step < run.last_step and run.batches_drawn < run.num_batches:
         run.stop.before_step(run.checkpoints.seconds)
         train_step(run, run.finished.step + 1)
-    if first == 1 and not run.learned:
+    if not run.learned:
         raise RunError(
             f"nothing was learned: in none of the {run.finished.step} steps did a group's responses get different "
             f"rewards; look at them in {run.cfg.logger.log_dir}/rollouts.jsonl"
@@ -633,6 +628,7 @@ def start(cfg: Config) -> Run:
             finished=last,
             batches_drawn=last.batches_drawn,
             exceeded=dict(last.exceeded),
+            learned=last.step > 0,
         )
         ray.get(loading, timeout=cfg.cluster.timeout_s)
         checkpoints.restore(policy)

@@ -179,7 +179,7 @@ def test_lost_episodes_are_masked_and_the_others_go_on(episodes, tmp_path, capsy
     found = played.play(rows, 1, 0, lambda: None)
     assert [e.status for e in found] == ["correct", "lost", "lost", "unusable"]
     assert "2 of 4 episodes lost; one: KeyError: 'gone'" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="cannot load env.episode=nowhere.py:play: FileNotFoundError"):
+    with pytest.raises(ConfigError, match="^env.episode: cannot load 'nowhere.py:play': FileNotFoundError"):
         episodes(["yes"], "env.episode=nowhere.py:play")
 
 

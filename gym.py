@@ -35,10 +35,6 @@ CHANGES_SAMPLING = ("stop", "response_format", "logit_bias", "min_tokens")  # of
 MARK = "\0the model's turn\0"
 
 
-class Lost(RuntimeError):
-    """An episode that cannot be trained on, and why."""
-
-
 @dataclass
 class Episode:
     """A sequence of several turns. The arrays have one entry per response token."""
@@ -57,18 +53,18 @@ class Episode:
 def read_episode(items: list[dict[str, Any]], verdict: dict[str, Any], stop_token_ids: list[int]) -> Episode:
     """The sequence that `items` tell of: those that a call of the model ended with hold its prompt and its tokens.
 
-    Raises Lost if there are none, or if a prompt does not begin with all that was there before.
+    Raises RuntimeError if there are none, or if a prompt does not begin with all that was there before.
     """
     calls = [item for item in items if item.get("generation_token_ids")]
     if not calls:
-        raise Lost("the model was not asked, or its tokens were lost: Gym's model server needs its training config")
+        raise RuntimeError("no answer has its tokens: Gym's model server needs its training config")
     start = len(calls[0]["prompt_token_ids"])
     ids: list[int] = calls[0]["prompt_token_ids"]
     logprobs, mask = [], []
     for call in calls:
         prompt, made = call["prompt_token_ids"], call["generation_token_ids"]
         if prompt[: len(ids)] != ids:
-            raise Lost("the agent changed the history, so the episode is not one sequence")
+            raise RuntimeError("the agent changed the history, so the episode is not one sequence")
         others = len(prompt) - len(ids)
         ids = prompt + made
         logprobs += [0.0] * others + call["generation_log_probs"]
@@ -136,11 +132,6 @@ class Engine:
                 future.set_exception(ValueError("the episode is over"))
 
 
-def key(turn: dict[str, Any]) -> int:
-    """By what the turn after this one finds the engine that made this one."""
-    return hash((*turn["prompt_token_ids"], *turn["generation_token_ids"]))
-
-
 def check_gym(url: str) -> None:
     """Raise ConfigError if nothing there takes rows."""
     try:
@@ -162,7 +153,7 @@ class Episodes:
         self.cfg, self.policy, self.tokenizer, self.stop_token_ids = cfg.env, cfg.policy, tokenizer, stop_token_ids
         self.timeout_s, self.workers = cfg.cluster.timeout_s, workers
         self.engines: list[Engine] = []  # none between batches, when they have other things to do
-        self.homes: dict[int, list[Engine]] = {}  # of conversations, which go on where their keys and values are
+        self.homes: dict[tuple[int, ...], list[Engine]] = {}  # of conversations, which go on where they were, by tokens
         self.numbers = itertools.count()
         app = web.Application(client_max_size=0)  # 0: no limit
         app.add_routes([web.post("/v1/chat/completions", self._chat_completions)])
@@ -257,11 +248,11 @@ class Episodes:
             if response.status != 200:
                 refused = 400 <= response.status < 500 and response.status != 429
                 said = f"{self.run_url} answered {response.status}: {(await response.text())[:300]}"
-                raise RunError(said) if refused else Lost(said)
+                raise RunError(said) if refused else RuntimeError(said)
             reply = await response.json(content_type=None)
         reply = reply.get("result", reply)
         if "failure" in reply:
-            raise Lost(str(reply["failure"]))
+            raise RuntimeError(str(reply["failure"]))
         return reply["response"]["output"], reply
 
     # ---- the model's turns
@@ -304,18 +295,18 @@ class Episodes:
         room = self.policy.max_total_sequence_length - len(ids)
         if room < 1:
             raise ValueError(f"{len(ids)} tokens leave no room for an answer in the context length")
-        last = next((m for m in reversed(messages) if m.get("generation_token_ids")), None)
-        homes = self.homes[key(last)] if last else []
+        said = [(*m["prompt_token_ids"], *m["generation_token_ids"]) for m in messages if m.get("generation_token_ids")]
+        homes = self.homes[said[-1]] if said else []
         engine = homes.pop() if homes else min(self.engines, key=lambda e: len(e.waiting))
         number, limit = next(self.numbers), min(room, self.policy.generation.max_new_tokens, max_tokens or room)
         engine.new.append((number, ids, limit))
         engine.waiting[number] = asyncio.get_running_loop().create_future()
         engine.work.set()
         group = await engine.waiting[number]
-        tokens = {"prompt_token_ids": ids, "generation_token_ids": group.response_ids[0].tolist()}
-        self.homes[key(tokens)].append(engine)
-        said = self._read(tokens["generation_token_ids"], tools)
-        return {"role": "assistant", **said, **tokens, "generation_log_probs": group.rollout_logprobs[0].tolist()}
+        made, logprobs = group.response_ids[0].tolist(), group.rollout_logprobs[0].tolist()
+        self.homes[(*ids, *made)].append(engine)
+        tokens = {"prompt_token_ids": ids, "generation_token_ids": made, "generation_log_probs": logprobs}
+        return {"role": "assistant", **self._read(made, tools), **tokens}
 
     async def _drive(self, engine: Engine) -> None:
         """Hand requests to an engine and its answers to those who wait, until cancelled."""

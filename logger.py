@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,15 @@ GROUPS = {"val:": "validation", "time/": "timing", "": "train"}  # by how a metr
 PERFORMANCE = (  # these are in a group of their own
     *("efficiency", "mfu", "mbu", "gen_floor_s", "train_floor_s", "train_flops", "decode_bytes"),
     *("tokens_per_s", "tokens_per_s_per_gpu", "total_tokens", "policy_peak_gib"),
+)
+CONSOLE = (  # a step's lines; one with a metric that the step does not have is left out
+    "reward {reward:.3f}   zero-signal groups {frac_zero_signal_groups:.0%}   unverified {num_unverified:.0f}",
+    "answers {mean_gen_tokens:.1f} tokens, {truncation_rate:.1%} cut off",
+    "gen_kl_error {gen_kl_error:.1e}   token_mult_prob_error {token_mult_prob_error:.4f}   "
+    "entropy {approx_entropy:.3f}   grad_norm {grad_norm:.3f}   lr {lr:.1e}",
+    "efficiency {efficiency:.0%} of the hardware's limit, MFU {mfu:.0%} of the update",
+    "MBU {mbu:.0%} of generation",
+    "{tokens_per_s:,.0f} tokens/s, {tokens_per_s_per_gpu:,.0f} a rank",
 )
 
 
@@ -116,29 +125,15 @@ class Logger:
         self._write_samples(samples, "train")
         self._start_clock()
 
-    def _print_step(self, m: dict[str, float], left: float) -> None:
-        total = m["time/step_s"]
+    def _print_step(self, metrics: dict[str, float], left: float) -> None:
+        for line in CONSOLE:
+            with suppress(KeyError):
+                print(f" • {line.format_map(metrics)}")
+        if "grad_norm" not in metrics:
+            print(" • no group had different rewards: nothing to learn, the weights stay as they were")
+        total = metrics["time/step_s"]
         times = " · ".join(f"{name} {s:.2f} s ({s / total:.0%})" for name, s in self.seconds.most_common())
-        update = "no group had different rewards: nothing to learn, the weights stay as they were"
-        if "grad_norm" in m:
-            update = (
-                f"gen_kl_error {m['gen_kl_error']:.1e}   token_mult_prob_error {m['token_mult_prob_error']:.4f}   "
-                f"entropy {m['approx_entropy']:.3f}   grad_norm {m['grad_norm']:.3f}   lr {m['lr']:.1e}"
-            )
-        lines = [
-            f"reward {m['reward']:.3f}   zero-signal groups {m['frac_zero_signal_groups']:.0%}   "
-            f"unverified {m['num_unverified']:.0f}",
-            f"answers {m['mean_gen_tokens']:.1f} tokens, {m['truncation_rate']:.1%} cut off",
-            update,
-            f"{total:.2f} s: {times}",
-        ]
-        if "efficiency" in m:
-            used = f"efficiency {m['efficiency']:.0%} of the hardware's limit, MFU {m['mfu']:.0%} of the update"
-            lines.append(used + (f", MBU {m['mbu']:.0%} of generation" if "mbu" in m else ""))
-        lines.append(
-            f"{m['tokens_per_s']:,.0f} tokens/s, {m['tokens_per_s_per_gpu']:,.0f} a rank, {left / 60:.1f} min left"
-        )
-        print("\n".join(f" • {line}" for line in lines), flush=True)
+        print(f" • {total:.2f} s: {times}; {left / 60:.1f} min left", flush=True)
 
     def validation(
         self, step: int, metrics: dict[str, float], samples: list[Any], decode: Callable[[Any], str]

@@ -172,6 +172,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """Sample and score the rows that are missing, then summarize all. Returns the metrics."""
     tokenizer = load_tokenizer(args.model, "--model", args.chat_template, args.chat_template_kwargs)
     cfg = configure(args, len(tokenizer))
+    end_of_sequence_ids(args.model, tokenizer)  # raises ConfigError if there are none, before anything starts
     task = "episode" if cfg.env.plays_episodes else "math"
     data = Rows(args.data, tokenizer, cfg.policy.max_total_sequence_length, task)
     check_settings(args)

@@ -331,16 +331,15 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     return loaded
 
 
-def _read_files(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
+def _read_files(path: Path) -> list[tuple[str, DictConfig]]:
     """The trees of a YAML file and of the files before it, which `defaults:` names relative to the file itself."""
     where = f"config file '{path}'"
     with _one_line_errors(where):
         tree = OmegaConf.load(path)
-    if not isinstance(tree, DictConfig) or path.resolve() in below:
-        raise ConfigError(f"{where} must be a mapping of sections, and no `defaults:` may lead back to itself")
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{where} must be a mapping of sections")
     parent = tree.pop("defaults", None)
-    before = _read_files(path.parent / str(parent), (*below, path.resolve())) if parent else []
-    return [*before, (where, tree)]
+    return [*(_read_files(path.parent / str(parent)) if parent else []), (where, tree)]
 
 
 def _parse_override(text: str) -> tuple[str, DictConfig]:

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -265,12 +264,12 @@ def json_line(row: Row) -> bytes:
 
 
 class SplitWriter:
-    """Writes one JSONL file and gathers its metrics; memory grows only by two hashes per distinct row."""
+    """Writes one JSONL file and gathers its metrics; of a row only its length and two hashes stay in memory."""
 
     def __init__(self, path: Path, args: argparse.Namespace) -> None:
         self.args, self.file = args, open(path, "wb")  # noqa: SIM115 - closed by finish()
         self.count = dict.fromkeys(("rows", "duplicates", "duplicates_dropped", "bad_skipped", "too_long_dropped"), 0)
-        self.lengths: Counter[int] = Counter()
+        self.lengths: list[int] = []
         self.seen: set[int] = set()
         self.answers: set[int] = set()
         self.sample: Row = {}
@@ -285,7 +284,7 @@ class SplitWriter:
         else:
             count["rows"] += args.num_repeats
             count["duplicates"] += key in self.seen
-            self.lengths[length] += args.num_repeats
+            self.lengths += [length] * args.num_repeats
             self.seen.add(key)
             self.answers.add(hash(row["expected_answer"]))
             self.sample = self.sample or row
@@ -298,11 +297,9 @@ class SplitWriter:
         return {**self.count, "distinct_answers": len(self.answers), unit: length_statistics(self.lengths)}
 
 
-def length_statistics(counts: Counter[int]) -> Row:
-    """Minimum, maximum, mean and median of lengths, of which `counts` says how often each occurs."""
-    lengths = np.repeat(list(counts), list(counts.values()))
-    mean, median = round(float(lengths.mean()), 3), float(np.median(lengths))
-    return {"min": int(lengths.min()), "max": int(lengths.max()), "mean": mean, "median": median}
+def length_statistics(lengths: list[int]) -> Row:
+    mean, median = round(float(np.mean(lengths)), 3), float(np.median(lengths))
+    return {"min": min(lengths), "max": max(lengths), "mean": mean, "median": median}
 
 
 def split_of(question: str, args: argparse.Namespace) -> str:

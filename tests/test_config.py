@@ -274,7 +274,6 @@ def test_mistakes_are_one_line_that_names_the_key(override, words):
         ("grpo: {sede: 1}", ["grpo.sede", "'seed'", "c.yaml"]),
         ("grpo: 3", ["GRPO", "section", "c.yaml"]),
         ("logger: {wandb: {name: 001}}", ["logger.wandb.name", "c.yaml", "quotes"]),
-        ("defaults: c.yaml", ["c.yaml", "back to itself"]),
         ("grpo: [1, 2", ["c.yaml", "not valid YAML"]),
         ("- 1\n- 2\n", ["c.yaml", "mapping"]),
         ("defaults: nowhere.yaml", ["nowhere.yaml", "does not exist"]),

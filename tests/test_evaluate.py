@@ -172,7 +172,7 @@ def test_missing_files_are_one_line(tiny_model, arithmetic_rows, tmp_path):
 
 # ---------------------------------------------------------------- the real script
 
-ROWS, K = 200, 8
+ROWS, K = 64, 8
 
 
 def options(model: Path, rows: Path, output: Path) -> list[str]:

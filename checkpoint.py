@@ -19,12 +19,13 @@ import shutil
 import tempfile
 from contextlib import suppress
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint import FileSystemReader
 
-from config import Checkpointing, Config, ConfigError
+from config import KEYS, Checkpointing, Config, ConfigError
 from launch import RunError
 from policy import Policy
 from rows import contents
@@ -39,7 +40,6 @@ MAY_CHANGE = (
     "checkpointing.",
     "cluster.",
     *FILES,
-    "data.chat_template_kwargs",
     "env.judge_url",
     "env.reward_",
     "grpo.gate_patience",
@@ -113,7 +113,7 @@ class Checkpoints:
             "wandb_id": wandb_id,
             "contents": self.contents,
             "world_size": self.cfg.world_size,
-            "config": dataclasses.asdict(self.cfg),
+            "settings": settings(self.cfg),
         }
         try:
             unfinished.mkdir(parents=True)
@@ -192,16 +192,16 @@ def remove(folder: Path) -> None:
 
 
 def kept_steps(scores: dict[int, float | None], keep_top_k: int | None, higher_is_better: bool) -> set[int]:
-    """The best `keep_top_k` steps (None: all) and the latest. Of equal steps the newer is better; a step without a
-    score (None, NaN) is worse than any with one."""
+    """The best `keep_top_k` steps (None: all) and the latest. Of equal steps the newer is better; one without a score
+    (None, NaN) is the worst."""
 
-    def rank(step: int) -> tuple[bool, float, int]:
+    def rank(step: int) -> tuple[float, int]:
         score = scores[step]
         if score is None or math.isnan(score):
-            return True, 0.0, -step
-        return False, -score if higher_is_better else score, -step
+            return -math.inf, step
+        return score if higher_is_better else -score, step
 
-    return {*sorted(scores, key=rank)[:keep_top_k], *sorted(scores)[-1:]}
+    return {*sorted(scores, key=rank, reverse=True)[:keep_top_k], *sorted(scores)[-1:]}
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
@@ -212,13 +212,18 @@ def steps_in(folder: Path) -> dict[int, Path]:
 # ---------------------------------------------------------------- what a run may continue from
 
 
+def settings(cfg: Config) -> dict[str, Any]:
+    """The configuration as {"section.key": value}."""
+    return {name: attrgetter(name)(cfg) for name in KEYS}
+
+
 def read_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]]:
     """The position and run.json of a checkpoint. Raises ConfigError that names the file that is missing or damaged."""
     path = folder / "run.json"
     try:
         saved = json.loads(path.read_text())
         position = Position(**saved["position"])
-        if missing := {"wandb_id", "contents", "world_size", "config"} - saved.keys():
+        if missing := {"wandb_id", "contents", "world_size", "settings"} - saved.keys():
             raise KeyError(*missing)
         path = folder / "training_state" / ".metadata"
         for part in FileSystemReader(path.parent).read_metadata().storage_data.values():
@@ -234,27 +239,16 @@ def read_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]]:
     return position, saved
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    found = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
 def contents_of(cfg: Config) -> dict[str, str | None]:
-    """What identifies each of FILES, and the arguments of the chat template as text."""
-    config = flat(dataclasses.asdict(cfg))
-    found = {f"the contents (sha256) of {name}": contents(config[name]) for name in FILES}
-    return found | {"data.chat_template_kwargs": json.dumps(cfg.data.chat_template_kwargs, sort_keys=True)}
+    """What identifies each of FILES."""
+    return {f"the contents (sha256) of {name}": contents(attrgetter(name)(cfg)) for name in FILES}
 
 
 def check_compatible(cfg: Config, saved: dict[str, Any], folder: Path, files: dict[str, str | None]) -> None:
     """Raise ConfigError for the first thing that makes this another experiment than the one in `folder`."""
-    before = flat(saved["config"]) | saved["contents"]
-    now = flat(dataclasses.asdict(cfg)) | files
+    before, now = saved["settings"] | saved["contents"], settings(cfg) | files
     for name in sorted(now.keys() & before.keys()):
-        if now[name] != before[name] and (name in files or not name.startswith(MAY_CHANGE)):
+        if now[name] != before[name] and not name.startswith(MAY_CHANGE):
             raise ConfigError(
                 f"{name} was {before[name]} and is {now[name]}: to continue '{folder}' set it back; to start anew "
                 "choose another checkpointing.checkpoint_dir"

@@ -36,6 +36,7 @@ BOUNDS = {  # for each bound that `key` takes: its words in messages, and the te
     "most": ("at most", operator.le),
     "below": ("below", operator.lt),
     "among": ("one of", lambda value, names: value in names.split()),
+    "form": ("in the form", lambda value, pattern: re.fullmatch(pattern, value)),
 }
 
 
@@ -46,8 +47,8 @@ class ConfigError(ValueError):
 def key(default: Any, meaning: str, **bounds: float | str) -> Any:
     """A dataclass field: its default, what `--help` says, and BOUNDS of the value (in a list: of each). Null passes."""
     metadata = {"help": meaning, "bounds": bounds}
-    if isinstance(default, type | list | dict):  # a section, or what two configurations must not share
-        return field(default_factory=default if isinstance(default, type) else default.copy, metadata=metadata)
+    if isinstance(default, list | dict):  # which two configurations must not share
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -71,7 +72,7 @@ class GRPO:
     use_dynamic_sampling: bool = key(False, "keep sampling until the batch is full of groups with different rewards")
     dynamic_sampling_max_gen_batches: int = key(10, "most batches of prompts to draw for one step", least=1)
     async_one_step_off: bool = key(False, "sample during the update, one update behind; resuming is not bit-exact then")
-    reward_shaping: RewardShaping = key(RewardShaping, "soft limit of the responses' length")
+    reward_shaping: RewardShaping = field(default_factory=RewardShaping)
     max_unverified_fraction: float = key(0.2, "stop when a larger share of the answers is unverified", least=0, most=1)
     max_token_mult_prob_error: float | None = key(1.5, "stop at this trainer-engine mismatch; null: never", above=0)
     gate_patience: int = key(3, "steps in a row beyond either of these two limits that stop the run", least=1)
@@ -149,7 +150,7 @@ class Resources:
 @dataclass
 class Colocated:
     enabled: bool = key(True, "engines share the policy's GPUs; false: they have resources of their own")
-    resources: Resources = key(Resources, "resources of the engines alone")
+    resources: Resources = field(default_factory=Resources)
     sleep: bool = key(True, "engines give up weights and KV memory while the policy trains")
 
 
@@ -157,12 +158,12 @@ class Colocated:
 class Generation:
     max_new_tokens: int = key(II("policy.max_total_sequence_length"), "longest response in tokens", least=1)
     temperature: float = key(1.0, "sampling temperature; the trainer uses the same", above=0)
-    top_p: float = key(1.0, "must be 1 in training: truncated sampling biases the ratios", above=0, most=1)
-    top_k: int | None = key(None, "must be null in training: truncated sampling biases the ratios", least=1)
+    top_p: float = key(1.0, "training needs the full softmax: other samples would bias the ratios", least=1, most=1)
+    top_k: int | None = key(None, "as top_p", among="null")
     engines_per_gpu: int = key(1, "vLLM engines on each GPU; several help small models, which Python holds up", least=1)
-    vllm_cfg: VllmCfg = key(VllmCfg, "the vLLM engine")
+    vllm_cfg: VllmCfg = field(default_factory=VllmCfg)
     vllm_kwargs: dict[str, Any] = key({}, "further arguments of vllm.LLM, passed on unchanged")
-    colocated: Colocated = key(Colocated, "where the engines live")
+    colocated: Colocated = field(default_factory=Colocated)
 
 
 @dataclass
@@ -172,11 +173,11 @@ class PolicyCfg:
     max_total_sequence_length: int = key(32768, "longest prompt plus response in tokens", least=1)
     train_global_batch_size: int = key(STEP, "samples per optimizer step; must divide a step's samples", least=1)
     max_grad_norm: float | None = key(1.0, "clip the gradient's norm to this; null: no clipping", above=0)
-    dtensor_cfg: DTensorCfg = key(DTensorCfg, "how the model is spread and what it keeps in memory")
-    sequence_packing: SequencePacking = key(SequencePacking, "micro-batches")
-    optimizer: Optimizer = key(Optimizer, "AdamW")
-    scheduler: Scheduler = key(Scheduler, "learning rate over time")
-    generation: Generation = key(Generation, "sampling")
+    dtensor_cfg: DTensorCfg = field(default_factory=DTensorCfg)
+    sequence_packing: SequencePacking = field(default_factory=SequencePacking)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    generation: Generation = field(default_factory=Generation)
 
 
 @dataclass
@@ -211,11 +212,13 @@ class Env:
 class Checkpointing:
     enabled: bool = key(True, "write checkpoints")
     checkpoint_dir: str = key("results/grpo", "folder of step_N")
-    metric_name: str = key("val:accuracy", "metric that ranks the checkpoints")
+    metric_name: str = key("val:accuracy", "ranks the checkpoints; named as in metrics.jsonl, without /", form="[^/]*")
     higher_is_better: bool = key(True, "whether a higher metric is a better checkpoint")
     keep_top_k: int | None = key(3, "keep the best N and the latest; null keeps all", least=0)
     save_period: int = key(10, "save every N steps; the last step is always saved", least=1)
-    checkpoint_must_save_by: str | None = key(None, "DD:HH:MM:SS after the start: save and exit with code 85")
+    checkpoint_must_save_by: str | None = key(
+        None, "DD:HH:MM:SS, such as 00:03:45:00, after the start: save and exit with code 85", form=r"\d+:\d+:\d+:\d+"
+    )
 
 
 @dataclass
@@ -228,7 +231,7 @@ class Wandb:
 class Logger:
     log_dir: str = key("logs", "metrics.jsonl, rollouts.jsonl, TensorBoard and W&B files")
     wandb_enabled: bool = key(True, "log to Weights & Biases")
-    wandb: Wandb = key(Wandb, "where to log there")
+    wandb: Wandb = field(default_factory=Wandb)
     tensorboard_enabled: bool = key(False, "write TensorBoard events")
     num_val_samples_to_print: int = key(0, "validation answers printed each time", least=0)
     profile_steps: list[int] = key([], "steps whose update is profiled on rank 0: log_dir/profile/step_N.json", least=1)
@@ -245,14 +248,14 @@ class Cluster:
 
 @dataclass
 class Config:
-    grpo: GRPO = key(GRPO, "the algorithm")
-    loss_fn: LossFn = key(LossFn, "the loss")
-    policy: PolicyCfg = key(PolicyCfg, "the trained model")
-    data: Data = key(Data, "rows")
-    env: Env = key(Env, "rewards")
-    checkpointing: Checkpointing = key(Checkpointing, "checkpoints")
-    logger: Logger = key(Logger, "logs")
-    cluster: Cluster = key(Cluster, "machines")
+    grpo: GRPO = field(default_factory=GRPO)
+    loss_fn: LossFn = field(default_factory=LossFn)
+    policy: PolicyCfg = field(default_factory=PolicyCfg)
+    data: Data = field(default_factory=Data)
+    env: Env = field(default_factory=Env)
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    logger: Logger = field(default_factory=Logger)
+    cluster: Cluster = field(default_factory=Cluster)
 
     @property
     def samples_per_step(self) -> int:
@@ -328,16 +331,15 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     return loaded
 
 
-def _read_files(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
+def _read_files(path: Path) -> list[tuple[str, DictConfig]]:
     """The trees of a YAML file and of the files before it, which `defaults:` names relative to the file itself."""
     where = f"config file '{path}'"
     with _one_line_errors(where):
         tree = OmegaConf.load(path)
-    if not isinstance(tree, DictConfig) or path.resolve() in below:
-        raise ConfigError(f"{where} must be a mapping of sections, and no `defaults:` may lead back to itself")
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{where} must be a mapping of sections")
     parent = tree.pop("defaults", None)
-    before = _read_files(path.parent / str(parent), (*below, path.resolve())) if parent else []
-    return [*before, (where, tree)]
+    return [*(_read_files(path.parent / str(parent)) if parent else []), (where, tree)]
 
 
 def _parse_override(text: str) -> tuple[str, DictConfig]:
@@ -345,27 +347,20 @@ def _parse_override(text: str) -> tuple[str, DictConfig]:
     name, equals, value = text.lstrip("+").partition("=")
     if not equals or not name:
         raise ConfigError(f"cannot read override '{text}'; write section.key=value")
-    where, tree = f"override '{text}'", OmegaConf.create({})
-    with _one_line_errors(where):
-        if name not in TEXT_KEYS:
-            return where, OmegaConf.from_dotlist([f"{name}={value}"])
-        OmegaConf.update(tree, name, None if value == "null" else value)
-        return where, tree
+    if name in TEXT_KEYS and value != "null":
+        value = json.dumps(value, ensure_ascii=False)  # in quotes
+    with _one_line_errors(f"override '{text}'"):
+        return f"override '{text}'", OmegaConf.from_dotlist([f"{name}={value}"])
 
 
 @contextmanager
 def _one_line_errors(where: str) -> Iterator[None]:
-    """Make one-line ConfigErrors of OmegaConf's and YAML's errors.
-
-    OmegaConf names the nearest key of the same section; a key of that name in another section is added here.
-    """
+    """Make one-line ConfigErrors of OmegaConf's errors, which name the nearest key of the section, and of YAML's."""
     try:
         yield
     except OmegaConfBaseException as e:
-        path = e.full_key or "a section"
-        elsewhere = [name for name in KEYS if name.split(".")[-1] == path.split(".")[-1] and name != path]
-        hint = f"did you mean '{elsewhere[0]}'?" if elsewhere and path not in KEYS else "`--help` lists every key"
-        raise ConfigError(f"{where}: {str(e).splitlines()[0]} ({path}); {hint}") from None
+        said = str(e).splitlines()[0]
+        raise ConfigError(f"{where}: {said} ({e.full_key or 'a section'}); `--help` lists every key") from None
     except FileNotFoundError:
         raise ConfigError(f"{where} does not exist; pass --config FILE") from None
     except (OSError, UnicodeError, yaml.YAMLError) as e:
@@ -389,27 +384,23 @@ def range_of(f: dataclasses.Field) -> str:
 
 def contradictions(cfg: Config) -> Iterator[str]:
     """A message for each value that contradicts another one, or that nothing here could use."""
-    g, loss, p, gen = cfg.grpo, cfg.loss_fn, cfg.policy, cfg.policy.generation
-    shaping, own, engine_gpus = g.reward_shaping, gen.colocated, gen.colocated.resources.gpus_per_node
-    batch, packed, longest = p.train_global_batch_size, p.sequence_packing.train_mb_tokens, p.max_total_sequence_length
-    tp, window = p.dtensor_cfg.tensor_parallel_size, gen.vllm_cfg.max_model_len
-    corrects, judge = loss.use_importance_sampling_correction, cfg.env.should_use_judge
-    metric, save_by = cfg.checkpointing.metric_name, cfg.checkpointing.checkpoint_must_save_by
-    step = f"{g.num_prompts_per_step} x {g.num_generations_per_prompt} = {cfg.samples_per_step}"
-    if own.enabled and engine_gpus is not None:
-        yield "policy.generation.colocated.resources.gpus_per_node needs colocated.enabled=false"
-    if not own.enabled and not 0 < (engine_gpus or 0) < cfg.bundles_per_node:
-        yield f"colocated.enabled=false needs colocated.resources.gpus_per_node from 1 to {cfg.bundles_per_node - 1}"
-    if cfg.samples_per_step % batch:
-        yield f"policy.train_global_batch_size={batch} does not divide the {step} samples of a step"
-    if packed < longest:
-        yield f"policy.sequence_packing.train_mb_tokens={packed} is below policy.max_total_sequence_length={longest}"
-    if window < longest:
-        yield f"policy.generation.vllm_cfg.max_model_len={window} is below policy.max_total_sequence_length={longest}"
-    if cfg.world_size % tp:
+    loss, p, gen, env = cfg.loss_fn, cfg.policy, cfg.policy.generation, cfg.env
+    shaping, own, engine_gpus = cfg.grpo.reward_shaping, gen.colocated, gen.colocated.resources.gpus_per_node
+    corrects, longest = loss.use_importance_sampling_correction, p.max_total_sequence_length
+    if own.enabled != (engine_gpus is None) or not (engine_gpus or 0) < cfg.bundles_per_node:
+        yield (
+            f"colocated.resources.gpus_per_node={engine_gpus} needs to be from 1 to {cfg.bundles_per_node - 1} with "
+            "policy.generation.colocated.enabled=false, and null otherwise"
+        )
+    if cfg.samples_per_step % p.train_global_batch_size:
+        step = f"{cfg.grpo.num_prompts_per_step} x {cfg.grpo.num_generations_per_prompt} = {cfg.samples_per_step}"
+        yield f"policy.train_global_batch_size={p.train_global_batch_size} does not divide the {step} samples of a step"
+    if p.sequence_packing.train_mb_tokens < longest:
+        yield f"policy.sequence_packing.train_mb_tokens is below policy.max_total_sequence_length={longest}"
+    if gen.vllm_cfg.max_model_len < longest:
+        yield f"policy.generation.vllm_cfg.max_model_len is below policy.max_total_sequence_length={longest}"
+    if cfg.world_size % (tp := p.dtensor_cfg.tensor_parallel_size):
         yield f"policy.dtensor_cfg.tensor_parallel_size={tp} does not divide the {cfg.world_size} policy ranks"
-    if gen.top_p != 1 or gen.top_k is not None:
-        yield f"policy.generation.top_p={gen.top_p} top_k={gen.top_k}: training needs 1.0 and null (the full softmax)"
     if gen.engines_per_gpu > 1 and gen.vllm_cfg.kv_cache_memory_bytes is None:
         yield "policy.generation.engines_per_gpu above 1 needs vllm_cfg.kv_cache_memory_bytes for each engine"
     for name in gen.vllm_kwargs.keys() & {*LLM_ARGUMENTS.split(), "tensor_parallel_size"}:
@@ -417,25 +408,20 @@ def contradictions(cfg: Config) -> Iterator[str]:
     if loss.truncated_importance_sampling_ratio is not None and not corrects:
         yield "loss_fn.truncated_importance_sampling_ratio needs loss_fn.use_importance_sampling_correction=true"
     # NeMo RL turns on GSPO with this key. Here it belongs to the correction of the engine's probabilities.
-    is_correction = corrects and loss.token_level_loss
-    if loss.sequence_level_importance_ratios and not (is_correction or loss.variant == "gspo"):
+    if loss.sequence_level_importance_ratios and not (corrects and loss.token_level_loss or loss.variant == "gspo"):
         yield (
             "loss_fn.sequence_level_importance_ratios needs use_importance_sampling_correction=true and "
             "token_level_loss=true; for GSPO, which NeMo RL spells so, set loss_fn.variant=gspo"
         )
-    if g.async_one_step_off and (own.enabled or not corrects):
+    if cfg.grpo.async_one_step_off and (own.enabled or not corrects):
         yield "grpo.async_one_step_off needs colocated.enabled=false and use_importance_sampling_correction=true"
     # A limit beyond what the engine generates, or a buffer longer than the limit, would not be what anybody means.
     ordered = shaping.overlong_buffer_length <= shaping.max_response_length <= gen.max_new_tokens
     if shaping.enabled and not ordered:
         yield "grpo.reward_shaping needs overlong_buffer_length <= max_response_length <= generation.max_new_tokens"
-    if "/" in metric:
-        yield f"checkpointing.metric_name={metric} is W&B's name for it; write {metric.replace('validation/', 'val:')}"
-    if save_by is not None and not re.fullmatch(r"\d+:\d+:\d+:\d+", save_by):
-        yield f"checkpointing.checkpoint_must_save_by='{save_by}' is not DD:HH:MM:SS, such as 00:03:45:00"
-    if judge and not (cfg.env.judge_url or cfg.env.reward_url):
+    if env.should_use_judge and not (env.judge_url or env.reward_url):
         yield "env.should_use_judge=true needs env.judge_url"
-    if sum(map(bool, (cfg.env.gym_url, cfg.env.episode, cfg.env.reward_url))) > 1:
+    if sum(map(bool, (env.gym_url, env.episode, env.reward_url))) > 1:
         yield "of env.reward_url, env.gym_url and env.episode only one can give the rewards"
 
 

@@ -12,8 +12,10 @@ import argparse
 import json
 import math
 import os
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
 from concurrent.futures import Future
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from rollout import RolloutEngines
 from rows import Rows, add_template_options, contents, end_of_sequence_ids, load_tokenizer
 
 AGAIN = ("unreachable", "lost")  # answers with these verdicts are sampled again by the same command
-ROWS_AT_A_TIME = 64  # of episodes: those of a row that is not finished are lost with the process
+ROWS_AT_A_TIME = 64  # of episodes: those of rows that are not finished are lost with the process
+HOW = ("engines", "gym_model_address", "kv_cache_gib", "limit", "output", "reward_url")  # options that change no answer
 
 # ---------------------------------------------------------------- the numbers
 
@@ -100,40 +103,32 @@ def report(metrics: dict[str, float]) -> None:
 # ---------------------------------------------------------------- what is there already
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the answers: they are only continued under the same. Of a model in a folder its files count."""
-    names = ("k", "temperature", "max_new_tokens", "max_total_sequence_length", "seed", "chat_template_kwargs")
-    names += ("gym_url", "episode")
+def check_settings(args: argparse.Namespace) -> None:
+    """Make the output folder, or raise ConfigError if it has answers that another model, data or options made."""
     files = {name: contents(vars(args)[name]) for name in ("model", "data", "chat_template")}
-    return {name: vars(args)[name] for name in names} | files
-
-
-def check_settings(folder: Path, now: dict[str, Any]) -> None:
-    """Make the folder of these settings, or raise ConfigError if it has answers that were made with others."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, samples = folder / "settings.json", folder / "samples.jsonl"
-    before = json.loads(path.read_text()) if samples.exists() else now
-    if before != now:
-        other = {name: before.get(name) for name in now if before.get(name) != now[name]}
-        raise ConfigError(f"{samples} was made with {other}; choose another --output, or remove that file")
-    path.write_text(json.dumps(now, indent=1) + "\n")
+    settings = {name: value for name, value in vars(args).items() if name not in HOW} | files
+    path, samples, text = args.output / "settings.json", args.output / "samples.jsonl", json.dumps(settings, indent=1)
+    if samples.exists() and path.read_text() != text:
+        raise ConfigError(f"{samples} was made with other settings, see {path}; choose another --output, or remove it")
+    args.output.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def finished_rows(path: Path, k: int) -> dict[int, list[dict]]:
-    """The `k` answers of each row that has all; the file is rewritten with these alone, in order.
-
-    A row that a death cut off is left out. Of a row that was done again the later answers count.
-    """
-    rows: dict[int, list[dict]] = {}
+    """The answers to each row that has all `k`, in order. A row that a death cut off is left out."""
+    rows: dict[int, list[dict]] = defaultdict(list)
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
         if line.endswith("\n"):
             answer = json.loads(line)
-            rows.setdefault(answer["row"], []).append(answer)
-    good = {r: answers[: len(answers) // k * k][-k:] for r, answers in sorted(rows.items()) if len(answers) >= k}
+            rows[answer["row"]].append(answer)
+    return {row: answers for row, answers in sorted(rows.items()) if len(answers) == k}
+
+
+def write_rows(path: Path, rows: dict[int, list[dict]]) -> None:
+    """Replace the file at once, so that a death loses nothing."""
     rewritten = path.with_name(f"{path.name}.tmp")
-    rewritten.write_text("".join(row_lines(answers) for answers in good.values()))
+    rewritten.write_text("".join(map(row_lines, rows.values())))
     rewritten.rename(path)
-    return good
 
 
 def row_lines(answers: list[dict]) -> str:
@@ -152,46 +147,53 @@ def configure(args: argparse.Namespace, tokens: int) -> Config:
     gpus, model = torch.cuda.device_count(), AutoConfig.from_pretrained(args.model)
     if tokens > getattr(model, "vocab_size", tokens):
         raise ConfigError(f"--model='{args.model}': its tokenizer knows {tokens} tokens, it {model.vocab_size}")
-    engines = args.engines or max(1, gpus)
     precision = str(model.dtype).removeprefix("torch.")
     if precision not in ("bfloat16", "float16", "float32"):
         precision = "bfloat16" if gpus else "float32"
     longest = getattr(model, "max_position_embeddings", None) or args.max_total_sequence_length
-    length = min(args.max_total_sequence_length, longest)
-    gib = args.kv_cache_gib or (0 if gpus else 1)
-    vllm = VllmCfg(max_model_len=length, kv_cache_memory_bytes=int(gib * 2**30) or None, enforce_eager=not gpus)
+    length, engines = min(args.max_total_sequence_length, longest), args.engines or max(1, gpus)
+    cache_bytes = int((args.kv_cache_gib or (0 if gpus else 1)) * 2**30) or None
     gen = Generation(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
-        vllm_cfg=vllm,
+        vllm_cfg=VllmCfg(max_model_len=length, kv_cache_memory_bytes=cache_bytes, enforce_eager=not gpus),
         colocated=Colocated(sleep=False),
     )
-    policy = PolicyCfg(model_name=args.model, precision=precision, max_total_sequence_length=length, generation=gen)
-    machine = Cluster(num_nodes=1, gpus_per_node=engines if gpus else 0, cpu_ranks_per_node=engines, timeout_s=7200)
     env = Env(reward_url=args.reward_url, reward_workers=os.cpu_count() or 2)
     env.gym_url, env.gym_model_address, env.episode = args.gym_url, args.gym_model_address, args.episode
-    return Config(policy=policy, cluster=machine, env=env)
+    return Config(
+        policy=PolicyCfg(model_name=args.model, precision=precision, max_total_sequence_length=length, generation=gen),
+        cluster=Cluster(1, gpus_per_node=engines if gpus else 0, cpu_ranks_per_node=engines, timeout_s=7200),
+        env=env,
+    )
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """Sample and score the rows that are missing, then summarize all. Returns the metrics."""
     tokenizer = load_tokenizer(args.model, "--model", args.chat_template, args.chat_template_kwargs)
-    stop_ids, cfg = end_of_sequence_ids(args.model, tokenizer), configure(args, len(tokenizer))
+    cfg = configure(args, len(tokenizer))
+    end_of_sequence_ids(args.model, tokenizer)  # raises ConfigError if there are none, before anything starts
     task = "episode" if cfg.env.plays_episodes else "math"
     data = Rows(args.data, tokenizer, cfg.policy.max_total_sequence_length, task)
-    check_settings(args.output, settings_of(args))
+    check_settings(args)
     samples = args.output / "samples.jsonl"
-    wanted, done = range(len(data))[: args.limit], finished_rows(samples, args.k)
-    scored = {row for row, answers in done.items() if all(a["status"] not in AGAIN for a in answers)}
-    missing = [row for row in wanted if row not in scored]
+    done, wanted = finished_rows(samples, args.k), range(len(data))[: args.limit]
+    done = {row: answers for row, answers in done.items() if not any(a["status"] in AGAIN for a in answers)}
+    write_rows(samples, done)
+    missing = [row for row in wanted if row not in done]
     if len(missing) < len(wanted):
         print(f"{samples} has {len(wanted) - len(missing)} of {len(wanted)} rows")
     if missing:
-        stop = StopRequests(None)
-        with stop.interruptible():
-            add = add_episodes if cfg.env.plays_episodes else add_rows
-            add(args, cfg, tokenizer, stop_ids, data, missing, stop)
+        answer, stop = play if cfg.env.plays_episodes else sample, StopRequests(None)
+        progress = tqdm(total=len(missing) * args.k, disable=None)
+        with stop.interruptible(), progress, samples.open("a") as file:
+            engines = RolloutEngines(cfg, start_ray(cfg, stop), model_name=args.model)
+            for answers in answer(args, cfg, engines, tokenizer, data, missing):
+                file.write(row_lines(answers))
+                file.flush()
+                progress.update(len(answers))
         done = finished_rows(samples, args.k)
+        write_rows(samples, done)
     metrics = summarize([done[row] for row in wanted], args.k)
     report(metrics)
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
@@ -199,64 +201,42 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     return metrics
 
 
-def add_rows(
-    args: argparse.Namespace,
-    cfg: Config,
-    tokenizer: Any,
-    stop_ids: list[int],
-    data: Rows,
-    rows: list[int],
-    stop: StopRequests,
-) -> None:
-    """Append `k` scored answers to each of `rows` to samples.jsonl, as they come."""
-    pending: deque[tuple[list[dict], Future]] = deque()  # answers to one row each, and their verdicts
+def sample(
+    args: argparse.Namespace, cfg: Config, engines: RolloutEngines, tokenizer: Any, data: Rows, rows: list[int]
+) -> Iterator[list[dict]]:
+    """`k` scored answers to each of `rows`, row by row as they come."""
     seeds = [args.seed * 2**31 + row * args.k for row in rows]  # each row's own; vLLM adds the answer's number
+    stop_ids, pending = end_of_sequence_ids(args.model, tokenizer), deque()
     rewards = RewardClient(cfg.env, args.output)
     try:
-        engines = RolloutEngines(cfg, start_ray(cfg, stop), model_name=args.model)
-        prompts = [data.prompt_ids[row] for row in rows]
-        groups = engines.generate(prompts, args.k, seeds, stop_ids, args.temperature)
-        with (args.output / "samples.jsonl").open("a") as file:
-
-            def write(finished_only: bool) -> None:
-                while pending and (pending[0][1].done() or not finished_only):
-                    answers, verdicts = pending.popleft()
-                    file.write(row_lines([a | v for a, v in zip(answers, verdicts.result(), strict=True)]))
-                    file.flush()
-
-            for group in tqdm(groups, total=len(rows), disable=None):
-                row, texts = rows[group.index], tokenizer.batch_decode(group.response_ids, skip_special_tokens=True)
-                cut_off = [reason == "length" for reason in group.finish_reasons]
-                answers = [{"row": row, "text": t, "truncated": c} for t, c in zip(texts, cut_off, strict=True)]
-                pending.append((answers, rewards.submit(texts, data.rows[row])))
-                write(finished_only=True)
-            write(finished_only=False)
+        for group in engines.generate([data.prompt_ids[row] for row in rows], args.k, seeds, stop_ids):
+            row, texts = rows[group.index], tokenizer.batch_decode(group.response_ids, skip_special_tokens=True)
+            cut_off = [reason == "length" for reason in group.finish_reasons]
+            answers = [{"row": row, "text": t, "truncated": c} for t, c in zip(texts, cut_off, strict=True)]
+            pending.append((answers, rewards.submit(texts, data.rows[row])))
+            while pending and pending[0][1].done():
+                yield with_verdicts(*pending.popleft())
+        yield from starmap(with_verdicts, pending)
     finally:
         rewards.close()
 
 
-def add_episodes(
-    args: argparse.Namespace,
-    cfg: Config,
-    tokenizer: Any,
-    stop_ids: list[int],
-    data: Rows,
-    rows: list[int],
-    stop: StopRequests,
-) -> None:
-    """The same with episodes of several turns, of some rows at a time."""
-    engines = RolloutEngines(cfg, start_ray(cfg, stop), model_name=args.model)
-    episodes = Episodes(cfg, tokenizer, stop_ids, engines.workers)
+def with_verdicts(answers: list[dict], verdicts: Future) -> list[dict]:
+    return [answer | verdict for answer, verdict in zip(answers, verdicts.result(), strict=True)]
+
+
+def play(
+    args: argparse.Namespace, cfg: Config, engines: RolloutEngines, tokenizer: Any, data: Rows, rows: list[int]
+) -> Iterator[list[dict]]:
+    """The same with episodes of several turns, one by one; some rows are played at a time."""
+    episodes = Episodes(cfg, tokenizer, end_of_sequence_ids(args.model, tokenizer), engines.workers)
     try:
-        with (args.output / "samples.jsonl").open("a") as file, tqdm(total=len(rows) * args.k, disable=None) as bar:
-            for start in range(0, len(rows), ROWS_AT_A_TIME):
-                part = rows[start : start + ROWS_AT_A_TIME]
-                found = episodes.play([data.rows[row] for row in part], args.k, args.seed + start, bar.update)
-                for i, e in enumerate(found):
-                    answer = {"row": part[i // args.k], "text": tokenizer.decode(e.response_ids)}
-                    answer |= {"truncated": e.truncated, "reward": e.reward, "status": e.status}
-                    file.write(row_lines([answer | {"extracted_answer": None}]))
-                file.flush()
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            part = rows[start : start + ROWS_AT_A_TIME]
+            found = episodes.play([data.rows[row] for row in part], args.k, args.seed + start, lambda: None)
+            for i, e in enumerate(found):
+                answer = {"row": part[i // args.k], "text": tokenizer.decode(e.response_ids), "truncated": e.truncated}
+                yield [answer | {"reward": e.reward, "status": e.status, "extracted_answer": None}]
     finally:
         episodes.close()
 

@@ -13,39 +13,26 @@ Everything here runs in one asyncio loop in a thread of the driver; the engines 
 
 import asyncio
 import itertools
-import json
-import pkgutil
-import runpy
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from socket import create_server, socket
 from typing import Any
 
 import aiohttp
 import numpy as np
 import requests
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
+from aiohttp import web
 
 from config import Config, ConfigError
 from launch import RunError
 from reward_client import checked_gym
-from rollout import Group
+from verifier_pool import load_verifier
 
 CALLS_IN_FLIGHT = 2  # to each engine, so that it goes on while the driver reads what the call before returned
 CHANGES_SAMPLING = ("stop", "response_format", "logit_bias", "min_tokens")  # of a request's fields
 MARK = "\0the model's turn\0"
-
-
-class Lost(RuntimeError):
-    """An episode that cannot be trained on, and why."""
 
 
 @dataclass
@@ -66,18 +53,18 @@ class Episode:
 def read_episode(items: list[dict[str, Any]], verdict: dict[str, Any], stop_token_ids: list[int]) -> Episode:
     """The sequence that `items` tell of: those that a call of the model ended with hold its prompt and its tokens.
 
-    Raises Lost if there are none, or if a prompt does not begin with all that was there before.
+    Raises RuntimeError if there are none, or if a prompt does not begin with all that was there before.
     """
     calls = [item for item in items if item.get("generation_token_ids")]
     if not calls:
-        raise Lost("the model was not asked, or its tokens were lost: Gym's model server needs its training config")
+        raise RuntimeError("no answer has its tokens: Gym's model server needs its training config")
     start = len(calls[0]["prompt_token_ids"])
     ids: list[int] = calls[0]["prompt_token_ids"]
     logprobs, mask = [], []
     for call in calls:
         prompt, made = call["prompt_token_ids"], call["generation_token_ids"]
         if prompt[: len(ids)] != ids:
-            raise Lost("the agent changed the history, so the episode is not one sequence")
+            raise RuntimeError("the agent changed the history, so the episode is not one sequence")
         others = len(prompt) - len(ids)
         ids = prompt + made
         logprobs += [0.0] * others + call["generation_log_probs"]
@@ -95,10 +82,8 @@ def read_episode(items: list[dict[str, Any]], verdict: dict[str, Any], stop_toke
     )
 
 
-def lost_episode() -> Episode:
-    """What stands for an episode that cannot be trained on: the trainer masks and counts it."""
-    none = np.array([], dtype=np.int64)
-    return Episode(none, none, none.astype(np.float32), none.astype(bool), False, 0.0, "lost", 0, 0)
+# Stands for an episode that cannot be trained on: the trainer masks and counts it.
+LOST = Episode(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, bool), False, 0.0, "lost", 0, 0)
 
 
 def plain(message: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +117,7 @@ def prompt_ids(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[
 
 @dataclass
 class Engine:
-    """The driver's side of one engine."""
+    """The driver's side of one engine, for one batch of episodes."""
 
     worker: Any
     new: list[tuple[int, list[int], int]] = field(default_factory=list)  # requests that it has not been told of
@@ -145,22 +130,6 @@ class Engine:
         for future in self.waiting.values():
             if not future.done():  # as it is where the function that waits was cancelled
                 future.set_exception(ValueError("the episode is over"))
-        self.new, self.waiting = [], {}
-        self.work.clear()
-
-
-def key(turn: dict[str, Any]) -> int:
-    """By what the turn after this one finds the engine that made this one."""
-    return hash((*turn["prompt_token_ids"], *turn["generation_token_ids"]))
-
-
-def load_function(name: str) -> Callable:
-    """The function that "module.function" or "path/to/file.py:function" names. Raises ConfigError if none."""
-    path, _, function = name.rpartition(":")
-    try:
-        return runpy.run_path(path)[function] if path.endswith(".py") else pkgutil.resolve_name(name)
-    except Exception as e:  # whatever the user's module does when it is imported
-        raise ConfigError(f"cannot load env.episode={name}: {type(e).__name__}: {e}") from None
 
 
 def check_gym(url: str) -> None:
@@ -180,42 +149,50 @@ class Episodes:
     """Plays episodes with the engines; one per run. It is the `engine` that a function of your own gets."""
 
     def __init__(self, cfg: Config, tokenizer: Any, stop_token_ids: list[int], workers: list[Any]):
-        """Listen for Gym's model server. Raises ConfigError if that is not possible, or if there is no Gym."""
+        """Load the function, or listen for Gym's model server. Raises ConfigError if that, or Gym, is not there."""
         self.cfg, self.policy, self.tokenizer, self.stop_token_ids = cfg.env, cfg.policy, tokenizer, stop_token_ids
-        self.timeout_s = cfg.cluster.timeout_s
-        self.engines = [Engine(worker) for worker in workers]
+        self.timeout_s, self.workers = cfg.cluster.timeout_s, workers
+        self.engines: list[Engine] = []  # none between batches, when they have other things to do
+        self.homes: dict[tuple[int, ...], list[Engine]] = {}  # of conversations, which go on where they were, by tokens
         self.numbers = itertools.count()
-        self.homes: dict[int, list[Engine]] = {}  # of conversations, which go on where their keys and values are
-        self.open = False  # between batches the engines have other things to do
-        if self.cfg.gym_url:
-            self.run_url, address = f"{self.cfg.gym_url.rstrip('/')}/run", self.cfg.gym_model_address
-            check_gym(self.run_url)
-        else:
-            self.function, address = load_function(self.cfg.episode), "127.0.0.1:0"
-        host, _, port = address.rpartition(":")
-        try:
-            listening = create_server((host, int(port)))
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"cannot listen at env.gym_model_address={self.cfg.gym_model_address}: {e}") from None
-        app = Starlette(routes=[Route("/v1/chat/completions", self._chat_completions, methods=["POST"])])
-        self.server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-        )
-        loop: Future[asyncio.AbstractEventLoop] = Future()
-        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve(listening, loop)), daemon=True)
+        app = web.Application(client_max_size=0)  # 0: no limit
+        app.add_routes([web.post("/v1/chat/completions", self._chat_completions)])
+        self.server = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.loop = loop.result(60)
+        if self.cfg.gym_url:
+            self.run_url = f"{self.cfg.gym_url.rstrip('/')}/run"
+            check_gym(self.run_url)
+            self._in_loop(self._listen(self.cfg.gym_model_address))
+        else:
+            try:
+                self.function = load_verifier(self.cfg.episode)
+            except ValueError as e:
+                raise ConfigError(f"env.episode: {e}") from None
 
-    async def _serve(self, listening: socket, loop: Future) -> None:
-        no_limit = aiohttp.ClientTimeout(total=None)
-        async with aiohttp.ClientSession(timeout=no_limit, connector=aiohttp.TCPConnector(limit=0)) as self.http:
-            loop.set_result(asyncio.get_running_loop())
-            await self.server.serve([listening])
+    def _in_loop(self, work: Coroutine) -> Any:
+        """The result of what is run in the thread; it is cancelled if a signal ends the waiting."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    async def _listen(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        await self.server.setup()
+        try:
+            await web.TCPSite(self.server, host, int(port), backlog=2048).start()
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"cannot listen at env.gym_model_address={address}: {e}") from None
 
     def close(self) -> None:
         """Stop listening."""
-        self.server.should_exit = True
-        self.thread.join(10)
+        if self.thread.is_alive():
+            self._in_loop(self.server.cleanup())
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join(10)
 
     # ---- a batch of episodes
 
@@ -224,40 +201,34 @@ class Episodes:
 
         Raises RunError if Gym refuses a row, and whatever an engine raises.
         """
-        playing = asyncio.run_coroutine_threadsafe(self._play(rows, n, seed, progress), self.loop)
-        try:
-            return playing.result()
-        finally:
-            playing.cancel()
+        return self._in_loop(self._play(rows, n, seed, progress))
 
     async def _play(self, rows: list[dict[str, Any]], n: int, seed: int, progress: Callable[[], Any]) -> list[Episode]:
-        count = len(self.engines)
-        await asyncio.gather(*(e.worker.start_batch.remote(seed * count + i) for i, e in enumerate(self.engines)))
-        self.homes, self.open, self.reasons = defaultdict(list), True, []
+        first_seed = seed * len(self.workers)
+        await asyncio.gather(*(w.start_batch.remote(first_seed + i) for i, w in enumerate(self.workers)))
+        self.engines, self.homes, self.reasons = [Engine(w) for w in self.workers], defaultdict(list), []
         tasks = [asyncio.create_task(self._episode(row)) for row in rows for _ in range(n)]
         for task in tasks:
             task.add_done_callback(lambda _: progress())
         driving = [asyncio.create_task(self._drive(e)) for e in self.engines for _ in range(CALLS_IN_FLIGHT)]
-        played = asyncio.gather(*tasks)
         try:
-            await asyncio.wait([played, *driving], return_when=asyncio.FIRST_COMPLETED)
-            for task in driving:
-                if task.done():
-                    task.result()  # raises what the engine raised
-            return await played
+            played = asyncio.gather(*tasks)
+            done, _ = await asyncio.wait([played, *driving], return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()  # driving ends by what the engine raised alone
         finally:
-            self.open = False
             for task in (*tasks, *driving):
                 task.cancel()
             for engine in self.engines:
                 engine.stop()
+            self.engines = []
             if self.reasons:
                 print(f" • {len(self.reasons)} of {len(tasks)} episodes lost; one: {self.reasons[0]}", file=sys.stderr)
 
     async def _episode(self, row: dict[str, Any]) -> Episode:
-        play = self._in_gym if self.cfg.gym_url else self._own
         try:
-            items, reply = await asyncio.wait_for(play(row), self.cfg.episode_timeout_s)
+            play = self._in_gym(row) if self.cfg.gym_url else self.function(self, row)
+            items, reply = await asyncio.wait_for(play, self.cfg.episode_timeout_s)
+            reply = reply if self.cfg.gym_url else {"reward": reply}
             found = read_episode(items, checked_gym(reply), self.stop_token_ids)
             found.truncated |= bool(reply.get("response", {}).get("incomplete_details"))  # no room for another turn
             return found
@@ -266,30 +237,27 @@ class Episodes:
         except Exception as e:  # whatever becomes of an episode, the others go on
             late = f"not over within env.episode_timeout_s={self.cfg.episode_timeout_s:.0f}"
             self.reasons.append(late if isinstance(e, TimeoutError) else f"{type(e).__name__}: {str(e)[:300]}")
-            return lost_episode()
-
-    async def _own(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        chat, reward = await self.function(self, row)
-        return chat, {"reward": reward}
+            return LOST
 
     async def _in_gym(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The items and the verdict of an episode in Gym."""
         if "task_input" in row:  # a materialized row, which Gym's newer environment servers take
             row = {"episode_id": {"rollout_id": str(next(self.numbers)), "attempt": 0}, "task": row}
-        async with self.http.post(self.run_url, json=row) as response:
-            said = await response.text()
-        if 400 <= response.status < 500 and response.status != 429:
-            raise RunError(f"{self.run_url} answered {response.status}: {said[:300]}")
-        if response.status != 200:
-            raise Lost(f"{self.run_url} answered {response.status}: {said[:300]}")
-        reply = json.loads(said)
+        no_limit = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.request("POST", self.run_url, json=row, timeout=no_limit) as response:
+            if response.status != 200:
+                refused = 400 <= response.status < 500 and response.status != 429
+                said = f"{self.run_url} answered {response.status}: {(await response.text())[:300]}"
+                raise RunError(said) if refused else RuntimeError(said)
+            reply = await response.json(content_type=None)
         reply = reply.get("result", reply)
         if "failure" in reply:
-            raise Lost(str(reply["failure"]))
+            raise RuntimeError(str(reply["failure"]))
         return reply["response"]["output"], reply
 
     # ---- the model's turns
 
-    async def _chat_completions(self, request: Request) -> JSONResponse:
+    async def _chat_completions(self, request: web.Request) -> web.Response:
         """OpenAI's route, with the token ids and log-probabilities on the message."""
         body = await request.json()
         try:
@@ -298,14 +266,20 @@ class Episodes:
             limit = body.get("max_completion_tokens") or body.get("max_tokens")
             message = await self.reply(body["messages"], body.get("tools"), limit)
         except ValueError as e:
-            return JSONResponse({"error": {"message": str(e), "type": "BadRequestError", "code": 400}}, 400)
+            error = {"message": str(e), "type": "BadRequestError", "code": 400}
+            return web.json_response({"error": error}, status=400)
         prompt, made = len(message["prompt_token_ids"]), message["generation_token_ids"]
         ended = "tool_calls" if "tool_calls" in message else "stop"
         reason = ended if made[-1] in self.stop_token_ids else "length"
-        usage = {"prompt_tokens": prompt, "completion_tokens": len(made), "total_tokens": prompt + len(made)}
-        about = {"id": f"chat-{next(self.numbers)}", "object": "chat.completion", "created": 0, "model": body["model"]}
-        return JSONResponse(
-            about | {"choices": [{"index": 0, "finish_reason": reason, "message": message}], "usage": usage}
+        return web.json_response(
+            {
+                "id": f"chat-{next(self.numbers)}",
+                "object": "chat.completion",
+                "created": 0,
+                "model": body["model"],
+                "choices": [{"index": 0, "finish_reason": reason, "message": message}],
+                "usage": {"prompt_tokens": prompt, "completion_tokens": len(made), "total_tokens": prompt + len(made)},
+            }
         )
 
     async def reply(
@@ -315,28 +289,24 @@ class Episodes:
 
         Raises ValueError if there is no room for one, and at once between batches.
         """
+        if not self.engines:
+            raise ValueError("the episode is over")
         ids = prompt_ids(self.tokenizer, messages, tools)
         room = self.policy.max_total_sequence_length - len(ids)
         if room < 1:
             raise ValueError(f"{len(ids)} tokens leave no room for an answer in the context length")
-        last = next((m for m in reversed(messages) if m.get("generation_token_ids")), None)
-        homes = self.homes[key(last)] if last else []
+        said = [(*m["prompt_token_ids"], *m["generation_token_ids"]) for m in messages if m.get("generation_token_ids")]
+        homes = self.homes[said[-1]] if said else []
         engine = homes.pop() if homes else min(self.engines, key=lambda e: len(e.waiting))
-        group = await self._ask(engine, ids, min(room, self.policy.generation.max_new_tokens, max_tokens or room))
-        made = group.response_ids[0].tolist()
-        tokens = {"prompt_token_ids": ids, "generation_token_ids": made}
-        self.homes[key(tokens)].append(engine)
-        tokens["generation_log_probs"] = group.rollout_logprobs[0].tolist()
-        return {"role": "assistant", **self._read(made, tools), **tokens}
-
-    async def _ask(self, engine: Engine, ids: list[int], max_tokens: int) -> Group:
-        if not self.open:
-            raise ValueError("the episode is over")
-        number = next(self.numbers)
-        engine.new.append((number, ids, max_tokens))
+        number, limit = next(self.numbers), min(room, self.policy.generation.max_new_tokens, max_tokens or room)
+        engine.new.append((number, ids, limit))
         engine.waiting[number] = asyncio.get_running_loop().create_future()
         engine.work.set()
-        return await engine.waiting[number]
+        group = await engine.waiting[number]
+        made, logprobs = group.response_ids[0].tolist(), group.rollout_logprobs[0].tolist()
+        self.homes[(*ids, *made)].append(engine)
+        tokens = {"prompt_token_ids": ids, "generation_token_ids": made, "generation_log_probs": logprobs}
+        return {"role": "assistant", **self._read(made, tools), **tokens}
 
     async def _drive(self, engine: Engine) -> None:
         """Hand requests to an engine and its answers to those who wait, until cancelled."""

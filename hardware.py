@@ -120,11 +120,11 @@ class Limits:
         """
         if not self.peaks:
             return {}
-        answers = [np.array(x, dtype=np.int64) for x in (prompt_S, prompts_S, responses_S)]
+        answers = np.array([prompt_S, prompts_S, responses_S], dtype=np.int64)
         gpu_S = answers[0] % (self.engine_gpus * self.engines_per_gpu) // self.engines_per_gpu
         seconds, moved = 0.0, 0.0
         for gpu in range(self.engine_gpus):
-            mine = [x[gpu_S == gpu] for x in answers]
+            mine = answers[:, gpu_S == gpu]
             # one row of logits a prompt, for the first token of all its answers, and one for each later token
             logits = len(np.unique(mine[0])) + np.maximum(mine[2] - 1, 0).sum()
             flops, gpu_bytes = forward_flops(self.shape, *mine, logits), decode_bytes(self.shape, *mine)
@@ -140,7 +140,7 @@ class Limits:
         """
         if not self.peaks:
             return {}
-        lengths = [np.array(x, dtype=np.int64) for x in (prompt_S, prompts_S, responses_S)]
+        lengths = np.array([prompt_S, prompts_S, responses_S], dtype=np.int64)
         work = 3 * forward_flops(self.shape, *lengths, logits=sum(responses_S))
         return {"train_floor_s": work / (self.peaks[0] * self.policy_gpus), "train_flops": work}
 
@@ -216,17 +216,14 @@ def memory_table(cfg: Config, shape: Shape, device_bytes: int, head_chunk: int) 
     estimate, colocated = memory_estimate(cfg, shape, device_bytes, head_chunk), cfg.policy.generation.colocated
     policy = sum(size for name, size in estimate.items() if name.startswith("policy"))
     engine = sum(estimate.values()) - policy
-    if not colocated.enabled:
-        need, how = max(policy, engine), "the larger of the two, which have GPUs of their own"
-    elif colocated.sleep:
-        stays = sum(resident_bytes(cfg, shape).values()) / GIB
-        how = "the larger of the two, which take turns; master weights and moments stay"
-        need = max(policy, stays + engine)
-    else:
-        need, how = policy + engine, "together"
+    need = policy + engine
+    if not colocated.enabled:  # each has GPUs of its own
+        need = max(policy, engine)
+    elif colocated.sleep:  # they take turns, but master weights and moments stay
+        need = max(policy, engine + sum(resident_bytes(cfg, shape).values()) / GIB)
     lines = [f" • memory of a GPU in GiB, estimated; it has {device_bytes / GIB:.0f}"]
     lines += [f"   {size:7.1f}  {name}" for name, size in estimate.items()]
-    lines.append(f"   {need:7.1f}  policy {policy:.1f}, engine {engine:.1f}: {how}")
+    lines.append(f"   {need:7.1f}  policy {policy:.1f} and engine {engine:.1f}, as far as they are there at once")
     if need > device_bytes / GIB:
         lines.append(f"   This may not fit: {OUT_OF_MEMORY_ADVICE}")
     return lines

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,17 +17,26 @@ from tqdm import tqdm
 
 from config import Config, ConfigError
 
-PERFORMANCE = ("efficiency", "mfu", "mbu", "gen_floor_s", "train_floor_s", "train_flops", "decode_bytes",
-               "tokens_per_s", "tokens_per_s_per_gpu", "total_tokens", "policy_peak_gib")  # fmt: skip
+GROUPS = {"val:": "validation", "time/": "timing", "": "train"}  # by how a metric's name begins
+PERFORMANCE = (  # these are in a group of their own
+    *("efficiency", "mfu", "mbu", "gen_floor_s", "train_floor_s", "train_flops", "decode_bytes"),
+    *("tokens_per_s", "tokens_per_s_per_gpu", "total_tokens", "policy_peak_gib"),
+)
+CONSOLE = (  # a step's lines; one with a metric that the step does not have is left out
+    "reward {reward:.3f}   zero-signal groups {frac_zero_signal_groups:.0%}   unverified {num_unverified:.0f}",
+    "answers {mean_gen_tokens:.1f} tokens, {truncation_rate:.1%} cut off",
+    "gen_kl_error {gen_kl_error:.1e}   token_mult_prob_error {token_mult_prob_error:.4f}   "
+    "entropy {approx_entropy:.3f}   grad_norm {grad_norm:.3f}   lr {lr:.1e}",
+    "efficiency {efficiency:.0%} of the hardware's limit, MFU {mfu:.0%} of the update",
+    "MBU {mbu:.0%} of generation",
+    "{tokens_per_s:,.0f} tokens/s, {tokens_per_s_per_gpu:,.0f} a rank",
+)
 
 
 def in_group(name: str) -> str:
     """A metric's name in W&B and TensorBoard, which show together what has the same word before the slash."""
-    if name.startswith("val:"):
-        return f"validation/{name.removeprefix('val:')}"
-    if name.startswith("time/"):
-        return f"timing/{name.removeprefix('time/')}"
-    return f"performance/{name}" if name in PERFORMANCE else f"train/{name}"
+    prefix = next(prefix for prefix in GROUPS if name.startswith(prefix))
+    return f"{'performance' if name in PERFORMANCE else GROUPS[prefix]}/{name.removeprefix(prefix)}"
 
 
 class Logger:
@@ -49,8 +58,8 @@ class Logger:
         if cfg.logger.wandb_enabled:
             import wandb
 
-            given = {"project": cfg.logger.wandb.project, "name": cfg.logger.wandb.name, "id": wandb_id}
-            self.wandb = wandb.init(dir=str(self.dir), config=dataclasses.asdict(cfg), resume="allow", **given)
+            given = dataclasses.asdict(cfg.logger.wandb) | {"id": wandb_id, "resume": "allow"}
+            self.wandb = wandb.init(dir=str(self.dir), config=dataclasses.asdict(cfg), **given)
         if cfg.logger.tensorboard_enabled:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -76,12 +85,11 @@ class Logger:
         """Where to write a profile of this step's `part`-th optimizer step; None if it is not to be profiled."""
         if self.step not in self.cfg.profile_steps:
             return None
-        folder = self.dir / "profile"
-        folder.mkdir(exist_ok=True)
-        return str((folder / (f"step_{self.step}.json" if part == 0 else f"step_{self.step}_{part}.json")).resolve())
+        (self.dir / "profile").mkdir(exist_ok=True)
+        return str((self.dir / "profile" / f"step_{self.step}{f'_{part}' if part else ''}.json").resolve())
 
     def _start_clock(self) -> None:
-        self.step_began, self.seconds = time.perf_counter(), {}
+        self.step_began, self.seconds = time.perf_counter(), Counter()  # of this step's phases
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[tqdm]:
@@ -97,7 +105,7 @@ class Logger:
             yield progress
         self.local.in_phase = outer
         if not outer:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.seconds[name] += time.perf_counter() - began
 
     def end_step(self, metrics: dict[str, float], samples: list[Any], derive: Callable[[dict], dict]) -> None:
         """Print the step's block, write its metrics and some of its samples, and start the next step's clock.
@@ -117,30 +125,15 @@ class Logger:
         self._write_samples(samples, "train")
         self._start_clock()
 
-    def _print_step(self, m: dict[str, float], left: float) -> None:
-        total = m["time/step_s"]
-        shares = sorted(self.seconds.items(), key=lambda item: -item[1])
-        times = " · ".join(f"{name} {s:.2f} s ({s / total:.0%})" for name, s in shares)
-        update = "no group had different rewards: nothing to learn, the weights stay as they were"
-        if "grad_norm" in m:
-            update = (
-                f"gen_kl_error {m['gen_kl_error']:.1e}   token_mult_prob_error {m['token_mult_prob_error']:.4f}   "
-                f"entropy {m['approx_entropy']:.3f}   grad_norm {m['grad_norm']:.3f}   lr {m['lr']:.1e}"
-            )
-        lines = [
-            f"reward {m['reward']:.3f}   zero-signal groups {m['frac_zero_signal_groups']:.0%}   "
-            f"unverified {m['num_unverified']:.0f}",
-            f"answers {m['mean_gen_tokens']:.1f} tokens, {m['truncation_rate']:.1%} cut off",
-            update,
-            f"{total:.2f} s: {times}",
-        ]
-        if "efficiency" in m:
-            used = f"efficiency {m['efficiency']:.0%} of the hardware's limit, MFU {m['mfu']:.0%} of the update"
-            lines.append(used + (f", MBU {m['mbu']:.0%} of generation" if "mbu" in m else ""))
-        lines.append(
-            f"{m['tokens_per_s']:,.0f} tokens/s, {m['tokens_per_s_per_gpu']:,.0f} a rank, {left / 60:.1f} min left"
-        )
-        print("\n".join(f" • {line}" for line in lines), flush=True)
+    def _print_step(self, metrics: dict[str, float], left: float) -> None:
+        for line in CONSOLE:
+            with suppress(KeyError):
+                print(f" • {line.format_map(metrics)}")
+        if "grad_norm" not in metrics:
+            print(" • no group had different rewards: nothing to learn, the weights stay as they were")
+        total = metrics["time/step_s"]
+        times = " · ".join(f"{name} {s:.2f} s ({s / total:.0%})" for name, s in self.seconds.most_common())
+        print(f" • {total:.2f} s: {times}; {left / 60:.1f} min left", flush=True)
 
     def validation(
         self, step: int, metrics: dict[str, float], samples: list[Any], decode: Callable[[Any], str]
@@ -149,21 +142,18 @@ class Logger:
 
         `decode`: token ids to text, for the prompts.
         """
-        print(
-            f" • validation: accuracy {metrics['val:accuracy']:.3f} on {len(samples)} answers, "
-            f"{metrics['val:avg_length']:.1f} tokens",
-            flush=True,
-        )
+        accuracy, length = metrics["val:accuracy"], metrics["val:avg_length"]
+        print(f" • validation: accuracy {accuracy:.3f} on {len(samples)} answers, {length:.1f} tokens", flush=True)
         for sample in samples[: self.cfg.num_val_samples_to_print]:
             print(f"   [{sample.reward:.0f}] {sample.text!r}")
-        self.accuracies[step] = metrics["val:accuracy"]
+        self.accuracies[step] = accuracy
         if self.wandb:
             import wandb
 
-            columns = ["prompt", "response", "reward", "status", "tokens"]
-            chosen = best_and_worst(samples, self.cfg.num_rollouts_to_save)
-            rows = [[decode(s.prompt_ids), s.text, s.reward, s.status, s.response_tokens] for s in chosen]
-            self.wandb.log({"validation/samples": wandb.Table(columns, rows)}, step=step)
+            table = wandb.Table(["prompt", "response", "reward", "status", "tokens"])
+            for s in best_and_worst(samples, self.cfg.num_rollouts_to_save):
+                table.add_data(decode(s.prompt_ids), s.text, s.reward, s.status, s.response_tokens)
+            self.wandb.log({"validation/samples": table}, step=step)
         self._write_samples(samples, "validation")
         if step == 0:
             self._write(0, metrics)
@@ -202,8 +192,9 @@ class Logger:
         total = time.perf_counter() - self.run_began
         shares = [f"{name} {seconds / total:.0%}" for name, seconds in self.total_seconds.most_common(4)]
         print(f"\n━━━ Finished: step {self.step} in {total / 60:.1f} minutes, of which {', '.join(shares)}")
-        if best := max(self.accuracies.items(), key=lambda item: item[1], default=None):
-            print(f" • best validation accuracy {best[1]:.3f}, after step {best[0]}")
+        if self.accuracies:
+            best = max(self.accuracies, key=self.accuracies.get)
+            print(f" • best validation accuracy {self.accuracies[best]:.3f}, after step {best}")
         print(f" • python plot_run.py {self.dir} --output {self.dir / 'run.png'}")
         if checkpoint:
             print(f" • python evaluate.py --model {checkpoint} --data {data}\n • vllm serve {checkpoint}", flush=True)

@@ -17,13 +17,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of a backend that needs no screen
 
 SMOOTH = 10  # steps
-PANELS = {  # metric: title with unit, and the scale of its axis
-    "mean_gen_tokens": ("response length, tokens", "linear"),
-    "truncation_rate": ("responses cut off, share", "linear"),
-    "gen_kl_error": ("mismatch of engine and trainer, KL per token", "log"),
-    "approx_entropy": ("entropy, nats per token", "linear"),
-    "grad_norm": ("gradient norm before clipping", "linear"),
-}
+TIME = "time/elapsed_s"
+PANELS = [  # metric, what it is drawn over, title with unit, scale of the axis
+    ("reward", "step", "mean reward", "linear"),
+    ("reward", TIME, "mean reward", "linear"),
+    ("val:accuracy", "step", "validation accuracy, with 95 % interval", "linear"),
+    ("mean_gen_tokens", "step", "response length, tokens", "linear"),
+    ("truncation_rate", "step", "responses cut off, share", "linear"),
+    ("gen_kl_error", "step", "mismatch of engine and trainer, KL per token", "log"),
+    ("approx_entropy", "step", "entropy, nats per token", "linear"),
+    ("grad_norm", "step", "gradient norm before clipping", "linear"),
+]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -43,20 +47,17 @@ def smooth(values: list[float]) -> list[float]:
     return [float(np.mean(values[max(0, i + 1 - SMOOTH) : i + 1])) for i in range(len(values))]
 
 
-def curve(axis: plt.Axes, rows: list[dict], metric: str, name: str, along: str = "step") -> None:
-    """One metric of one run, raw and smoothed; steps that lack it are left out."""
-    rows = [row for row in rows if metric in row and along in row]
-    at, values = [row[along] for row in rows], [row[metric] for row in rows]
-    (line,) = axis.plot(at, smooth(values), label=name, linewidth=1.5)
-    axis.plot(at, values, color=line.get_color(), linewidth=0.6, alpha=0.25)
-
-
-def validation(axis: plt.Axes, rows: list[dict], name: str) -> None:
-    rows = [row for row in rows if row.get("val:accuracy") is not None]
-    at, share = [row["step"] for row in rows], np.array([row["val:accuracy"] for row in rows])
-    count = np.array([row.get("val:num_answers", np.nan) for row in rows])
-    half = 1.96 * np.sqrt(share * (1 - share) / count)
-    axis.errorbar(at, share, yerr=half, marker="o", markersize=3, capsize=2, linewidth=1.2, label=name)
+def curve(axis: plt.Axes, rows: list[dict], metric: str, along: str, name: str) -> None:
+    """One metric of one run, raw and smoothed, validation with its interval; steps that lack it are left out."""
+    rows = [row for row in rows if row.get(metric) is not None and along in row]
+    at, values = [row[along] for row in rows], np.array([row[metric] for row in rows])
+    if metric == "val:accuracy":
+        count = np.array([row.get("val:num_answers", np.nan) for row in rows])
+        half = 1.96 * np.sqrt(values * (1 - values) / count)
+        axis.errorbar(at, values, yerr=half, marker="o", markersize=3, capsize=2, linewidth=1.2, label=name)
+    else:
+        (line,) = axis.plot(at, smooth(values), label=name, linewidth=1.5)
+        axis.plot(at, values, color=line.get_color(), linewidth=0.6, alpha=0.25)
 
 
 def seconds_by_phase(axis: plt.Axes, runs: dict[str, list[dict]]) -> None:
@@ -76,25 +77,16 @@ def seconds_by_phase(axis: plt.Axes, runs: dict[str, list[dict]]) -> None:
 def draw(runs: dict[str, list[dict]], output: Path) -> None:
     """All panels into one PNG."""
     figure, axes = plt.subplots(3, 3, figsize=(15, 11))
-    by_step, by_time, validated, *others, phases = axes.flat
-    for name, rows in runs.items():
-        curve(by_step, rows, "reward", name)
-        curve(by_time, rows, "reward", name, along="time/elapsed_s")
-        validation(validated, rows, name)
-        for axis, metric in zip(others, PANELS, strict=True):
-            curve(axis, rows, metric, name)
-    by_step.set(title="mean reward")
-    by_time.set(title="mean reward", xlabel="seconds of training")
-    validated.set(title="validation accuracy, with 95 % interval")
-    for axis, (title, scale) in zip(others, PANELS.values(), strict=True):
-        axis.set(title=title, yscale=scale)
+    *lines, phases = axes.flat
+    for axis, (metric, along, title, scale) in zip(lines, PANELS, strict=True):
+        for name, rows in runs.items():
+            curve(axis, rows, metric, along, name)
+        axis.set(title=title, yscale=scale, xlabel="step" if along == "step" else "seconds of training")
     seconds_by_phase(phases, runs)
-    for axis in (by_step, validated, *others):
-        axis.set_xlabel("step")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    by_step.legend(frameon=False)
+    lines[0].legend(frameon=False)
     figure.tight_layout()
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=100)

@@ -25,13 +25,12 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -153,33 +152,25 @@ def convert(row: Any, template: str | None) -> Row:
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Hub:
-    """A data set on the Hugging Face hub; `dedup` drops the repeats in it, `skip_bad` its rows known to be bad."""
+class Hub(NamedTuple):
+    """A data set on the Hugging Face hub."""
 
     repo: str
     split: str = "train"
     config: str | None = None
-    dedup: bool = False
-    skip_bad: bool = False
 
 
-GSM8K, AIME24 = "openai/gsm8k", "BytedTsinghua-SIA/AIME-2024"
-MATH500 = Hub("HuggingFaceH4/MATH-500", "test")
+GSM8K, AIME24, MATH500 = "openai/gsm8k", Hub("BytedTsinghua-SIA/AIME-2024"), Hub("HuggingFaceH4/MATH-500", "test")
 HUB_SETS: dict[str, dict[str, Hub]] = {
-    "dapo17k": {"train": Hub("YouJiacheng/DAPO-Math-17k-dedup"), "validation": Hub(AIME24)},
+    "dapo17k": {"train": Hub("YouJiacheng/DAPO-Math-17k-dedup"), "validation": AIME24},
     "gsm8k": {"train": Hub(GSM8K, "train", "main"), "validation": Hub(GSM8K, "test", "main")},
-    # Two solutions of MATH are empty.
-    "math": {"train": Hub("DigitalLearningGmbH/MATH-lighteval", skip_bad=True), "validation": MATH500},
-    "aime24": {"validation": Hub(AIME24, dedup=True)},
+    "math": {"train": Hub("DigitalLearningGmbH/MATH-lighteval"), "validation": MATH500},
+    "aime24": {"validation": AIME24},
     "aime25": {"validation": Hub("math-ai/aime25", "test")},
     "math500": {"validation": MATH500},
     "amc23": {"validation": Hub("math-ai/amc23", "test")},
 }
-FULL_SETS = {  # --full: as published, every question many times
-    "dapo17k": {"train": Hub("BytedTsinghua-SIA/DAPO-Math-17k"), "validation": Hub(AIME24)},
-    "aime24": {"validation": Hub(AIME24)},
-}
+FIXED = {"math": {"skip_bad": True}, "aime24": {"dedup": True}}  # two solutions are empty; each question is 32 times
 
 
 def read_jsonl(path: Path) -> Located:
@@ -238,43 +229,18 @@ def go_offline_if_unreachable(seconds: float = 5.0) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-@dataclass
-class Source:
-    """Rows on their way to `splits`; where these are two, a hash of the question decides between them."""
-
-    splits: tuple[str, ...]
-    rows: Located
-    template: str | None
-    dedup: bool = False
-    skip_bad: bool = False
-
-
-def open_sources(args: argparse.Namespace) -> list[Source]:
-    """The sources that NAME and the options ask for."""
-    template = args.prompt_template
-    if args.name == "arithmetic":
-        made = arithmetic.make_rows(arithmetic.from_options(args), template or "{question}")
-        return [Source((split,), ((f"arithmetic {split}", row) for row in rows), None) for split, rows in made.items()]
+def read_all(args: argparse.Namespace) -> Iterator[tuple[str | None, str, Any]]:
+    """Split, place and row of everything that NAME and the options ask for. Split None: the question decides."""
     if args.name == "file":
-        splits = SPLITS[:1] if args.validation_split == 0 else SPLITS[1:] if args.validation_split == 1 else SPLITS
         rows = read_jsonl(args.path) if args.path.suffix == ".jsonl" else read_parquet(args.path)
-        return [Source(splits, rows, template, args.dedup, args.skip_bad)]
-    hubs = FULL_SETS[args.name] if getattr(args, "full", False) else HUB_SETS[args.name]
-    return [Source((split,), read_hub(h), template, h.dedup, args.skip_bad or h.skip_bad) for split, h in hubs.items()]
-
-
-def good_rows(source: Source, tokenizer: Any, bad: list[str]) -> Iterator[tuple[Row, bytes, int]]:
-    """Converted rows, their lines and the lengths of their prompts; a bad row ends the run, or goes to `bad`."""
-    for place, raw in source.rows:
-        try:
-            if isinstance(raw, ValueError):
-                raise raw
-            row = convert(raw, source.template)
-            yield row, json_line(row), prompt_length(row, tokenizer)
-        except (ValueError, RecursionError) as error:
-            bad.append(f"{place}: {error}")
-            if not source.skip_bad:
-                raise ConfigError(f"{bad[0]}; correct it, or leave such rows out with --skip-bad") from error
+        sources = {None: rows}
+    elif args.name == "arithmetic":
+        made = arithmetic.make_rows(arithmetic.from_options(args), args.prompt_template or "{question}")
+        sources = {split: ((f"arithmetic {split}", row) for row in rows) for split, rows in made.items()}
+    else:
+        sources = {split: read_hub(hub) for split, hub in HUB_SETS[args.name].items()}
+    for split, rows in sources.items():
+        yield from ((split, place, row) for place, row in islice(rows, args.limit))
 
 
 def prompt_length(row: Row, tokenizer: Any) -> int:
@@ -298,78 +264,78 @@ def json_line(row: Row) -> bytes:
 
 
 class SplitWriter:
-    """Writes one JSONL file and gathers its metrics; memory grows only by two hashes per distinct row."""
+    """Writes one JSONL file and gathers its metrics; of a row only its length and two hashes stay in memory."""
 
     def __init__(self, path: Path, args: argparse.Namespace) -> None:
-        self.args = args
-        self.file = open(path, "wb")  # noqa: SIM115 - closed by finish()
+        self.args, self.file = args, open(path, "wb")  # noqa: SIM115 - closed by finish()
         self.count = dict.fromkeys(("rows", "duplicates", "duplicates_dropped", "bad_skipped", "too_long_dropped"), 0)
-        self.lengths: Counter[int] = Counter()
+        self.lengths: list[int] = []
         self.seen: set[int] = set()
         self.answers: set[int] = set()
         self.sample: Row = {}
 
-    def add(self, row: Row, line: bytes, length: int, dedup: bool) -> None:
-        """Write the row, --num-repeats times, unless it is too long, or repeats another with `dedup`."""
+    def add(self, row: Row, line: bytes, length: int) -> None:
+        """Write the row, --num-repeats times, unless it is too long, or repeats another with --dedup."""
         args, count, key = self.args, self.count, hash((row["question"], row["expected_answer"]))
-        if dedup and key in self.seen:
+        if args.dedup and key in self.seen:
             count["duplicates_dropped"] += 1
-            return
-        if args.max_prompt_length and length > args.max_prompt_length:
+        elif args.max_prompt_length and length > args.max_prompt_length:
             count["too_long_dropped"] += 1
-            return
-        count["rows"] += args.num_repeats
-        count["duplicates"] += key in self.seen
-        self.lengths[length] += args.num_repeats
-        self.seen.add(key)
-        self.answers.add(hash(row["expected_answer"]))
-        self.sample = self.sample or row
-        self.file.write(line * args.num_repeats)
+        else:
+            count["rows"] += args.num_repeats
+            count["duplicates"] += key in self.seen
+            self.lengths += [length] * args.num_repeats
+            self.seen.add(key)
+            self.answers.add(hash(row["expected_answer"]))
+            self.sample = self.sample or row
+            self.file.write(line * args.num_repeats)
 
     def finish(self) -> Row:
         """Close the file; what *_metrics.json says, which is the same for the same rows."""
         self.file.close()
         unit = "prompt_tokens" if self.args.tokenizer else "prompt_characters"
-        counts = {**self.count, "distinct_answers": len(self.answers)}
-        return {**counts, unit: length_statistics(self.lengths)}
+        return {**self.count, "distinct_answers": len(self.answers), unit: length_statistics(self.lengths)}
 
 
-def length_statistics(counts: Counter[int]) -> Row:
-    """Minimum, maximum, mean and median of lengths, of which `counts` says how often each occurs."""
-    lengths = np.repeat(list(counts), list(counts.values()))
-    mean, median = round(float(lengths.mean()), 3), float(np.median(lengths))
-    return {"min": int(lengths.min()), "max": int(lengths.max()), "mean": mean, "median": median}
+def length_statistics(lengths: list[int]) -> Row:
+    mean, median = round(float(np.mean(lengths)), 3), float(np.median(lengths))
+    return {"min": min(lengths), "max": max(lengths), "mean": mean, "median": median}
 
 
-def goes_to_validation(question: str, args: argparse.Namespace) -> bool:
+def split_of(question: str, args: argparse.Namespace) -> str:
     """By a hash of the question, so that its repeats are all on one side."""
     digest = hashlib.blake2b(f"{args.seed}/{question}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < args.validation_split * 2**64
+    return SPLITS[int.from_bytes(digest, "big") < args.validation_split * 2**64]
 
 
-def write_splits(
-    args: argparse.Namespace, sources: list[Source], tokenizer: Any, writers: dict[str, SplitWriter]
-) -> None:
-    """Convert everything; ConfigError if a split is left without rows."""
-    for source in sources:
-        bad: list[str] = []
-        rows = islice(good_rows(source, tokenizer, bad), args.limit)
-        for row, line, length in tqdm(rows, desc=" and ".join(source.splits), unit=" rows", disable=None):
-            split = source.splits[len(source.splits) > 1 and goes_to_validation(row["question"], args)]
-            writers[split].add(row, line, length, source.dedup)
-        writers[source.splits[0]].count["bad_skipped"] = len(bad)
-        skipped = f"{len(bad)} bad rows were skipped, the first: {bad[0]}" if bad else "no row was bad"
-        for split in source.splits:
-            if not writers[split].count["rows"]:
-                raise ConfigError(f"no rows are left for {split}.jsonl ({skipped}); nothing was written")
-        print(skipped)
+def write_splits(args: argparse.Namespace, tokenizer: Any, writers: dict[str, SplitWriter]) -> None:
+    """Convert everything; ConfigError for a bad row without --skip-bad, or if a split is left without rows."""
+    template, bad = None if args.name == "arithmetic" else args.prompt_template, []
+    for split, place, raw in tqdm(read_all(args), unit=" rows", disable=None):
+        try:
+            if isinstance(raw, ValueError):
+                raise raw
+            row = convert(raw, template)
+            line, length = json_line(row), prompt_length(row, tokenizer)
+        except (ValueError, RecursionError) as error:
+            bad.append(f"{place}: {error}")
+            if not args.skip_bad:
+                raise ConfigError(f"{bad[0]}; correct it, or leave such rows out with --skip-bad") from error
+            (writers.get(split) or [*writers.values()][0]).count["bad_skipped"] += 1
+        else:
+            writers[split or split_of(row["question"], args)].add(row, line, length)
+    skipped = f"{len(bad)} bad rows were skipped, the first: {bad[0]}" if bad else "no row was bad"
+    for split, writer in writers.items():
+        if not writer.count["rows"]:
+            raise ConfigError(f"no rows are left for {split}.jsonl ({skipped}); nothing was written")
+    print(skipped)
 
 
 def prepare(args: argparse.Namespace) -> None:
     """Make the files in a temporary folder, then move them to their place."""
-    output: Path = args.output
-    sources = open_sources(args)
-    splits = [split for source in sources for split in source.splits]
+    output, splits = args.output, list(HUB_SETS.get(args.name, SPLITS))
+    if args.name == "file" and args.validation_split in (0, 1):
+        splits = [SPLITS[int(args.validation_split)]]
     for path in (output / f"{split}.jsonl" for split in splits):
         if path.exists() and not args.overwrite:
             raise ConfigError(f"{path} is already there; replace it with --overwrite, or choose another --output")
@@ -380,11 +346,11 @@ def prepare(args: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp_", dir=output.parent) as folder:
         writers = {split: SplitWriter(Path(folder) / f"{split}.jsonl", args) for split in splits}
-        write_splits(args, sources, tokenizer, writers)
+        write_splits(args, tokenizer, writers)
         metrics = {split: writer.finish() for split, writer in writers.items()}
         for split in splits:
             text = json.dumps({"split": split, **metrics[split]}, indent=1)
-            (Path(folder) / f"{split}_metrics.json").write_text(text + "\n")
+            (Path(folder) / f"{split}_metrics.json").write_text(text)
         output.mkdir(exist_ok=True)
         for path in sorted(Path(folder).iterdir(), reverse=True):  # train.jsonl last: with it, `make` finds all there
             os.replace(path, output / path.name)
@@ -426,6 +392,7 @@ def common_options() -> Parser:
     add("--tokenizer", help="model folder or hub name: measure prompts in tokens, with the chat template")
     add_template_options(common)
     add("--max-prompt-length", type=int, help="leave out longer prompts (tokens if --tokenizer, else characters)")
+    common.set_defaults(dedup=False)
     return common
 
 
@@ -434,10 +401,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser("prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
     common = common_options()
-    for name in HUB_SETS:
-        hub = names.add_parser(name, parents=[common], help=", ".join(h.repo for h in HUB_SETS[name].values()))
-        if name in FULL_SETS:
-            hub.add_argument("--full", action="store_true", help="as published, with every question many times")
+    for name, hubs in HUB_SETS.items():
+        names.add_parser(name, parents=[common], help=", ".join(hub.repo for hub in hubs.values()))
     local = names.add_parser("file", parents=[common], help="a local .jsonl or .parquet file; its path alone does, too")
     local.add_argument("path", type=Path)
     local.add_argument("--validation-split", type=float, default=0, help="share of questions for validation.jsonl")
@@ -456,6 +421,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             parser.error(f"{args.path} must end in .jsonl or .parquet; convert or rename it")
         if not 0 <= args.validation_split <= 1:
             parser.error(f"--validation-split {args.validation_split} is not between 0 and 1")
+    vars(args).update(FIXED.get(args.name, {}))
     args.output = args.output or Path("data") / (args.path.stem if args.name == "file" else args.name)
     return args
 

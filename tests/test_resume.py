@@ -24,7 +24,7 @@ from conftest import ROOT
 from test_policy import counts, free_address, random_batch, spawn
 from test_run import BATCH, children, command, read, wait_for
 
-from checkpoint import Checkpoints, Position, contents_of, kept_steps, publish, remove, steps_in
+from checkpoint import Checkpoints, Position, contents_of, kept_steps, publish, remove, settings, steps_in
 from config import Checkpointing, ConfigError, load_config
 from launch import RunError, Stopped, StopRequests
 from logger import best_and_worst, open_rows
@@ -269,7 +269,7 @@ def test_other_data_and_another_model_are_refused(opened, base, warm_model, whol
         ("loss_fn.variant=gspo", "loss_fn.variant was grpo and is gspo"),
         ("policy.generation.temperature=0.5", "policy.generation.temperature was 1.0 and is 0.5"),
         ("policy.model_name=elsewhere", "is elsewhere"),
-        ("data.chat_template_kwargs.enable_thinking=false", 'was {} and is {"enable_thinking": false}'),
+        ("data.chat_template_kwargs.enable_thinking=false", "was {} and is {'enable_thinking': False}"),
     ],
 )
 def test_another_experiment_is_refused(opened, override, words):
@@ -323,7 +323,7 @@ def a_checkpoint(cfg, step: int) -> Path:
     writer = dcp.FileSystemWriter(folder / "training_state")
     dcp.save({"weight": torch.ones(100)}, storage_writer=writer, no_dist=True)
     run = {"position": dataclasses.asdict(Position(step, step)), "wandb_id": None, "world_size": 1}
-    run |= {"contents": contents_of(cfg), "config": dataclasses.asdict(cfg)}
+    run |= {"contents": contents_of(cfg), "settings": settings(cfg)}
     (folder / "run.json").write_text(json.dumps(run))
     return folder
 

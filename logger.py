@@ -16,6 +16,7 @@ import psutil
 from tqdm import tqdm
 
 from config import Config, ConfigError
+from launch import lock_folder
 
 PERFORMANCE = ("efficiency", "mfu", "mbu", "gen_floor_s", "train_floor_s", "train_flops", "decode_bytes",
                "tokens_per_s", "tokens_per_s_per_gpu", "total_tokens", "policy_peak_gib")  # fmt: skip
@@ -36,7 +37,7 @@ class Logger:
     def __init__(self, cfg: Config, resumed_step: int = 0, wandb_id: str | None = None):
         """`resumed_step`: the run continues after it; rows of later steps, which will be run again, are dropped."""
         self.cfg, self.dir, self.num_gpus = cfg.logger, Path(cfg.logger.log_dir), cfg.num_bundles
-        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock_file = lock_folder(self.dir, "logger.log_dir")
         self.metrics_file = open_rows(self.dir / "metrics.jsonl", resumed_step)
         self.rollouts_file = open_rows(self.dir / "rollouts.jsonl", resumed_step)
         self.local = threading.local()
@@ -210,8 +211,8 @@ class Logger:
 
     def close(self) -> None:
         """Close everything; the last rows are written."""
-        self.metrics_file.close()
-        self.rollouts_file.close()
+        for file in (self.metrics_file, self.rollouts_file, self.lock_file):
+            file.close()
         if self.wandb:
             self.wandb.finish()
         if self.tensorboard:

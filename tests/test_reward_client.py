@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+import reward_client
 from config import ConfigError, Env
 from launch import RunError
 from reward_client import VERIFIED, RewardClient
@@ -33,6 +34,12 @@ def test_starts_scores_restarts_and_stops(tmp_path, capsys, monkeypatch):
         assert client.restarts == 1
         assert client.process.pid != first.pid
         assert "it died with exit code -9, starting it again" in capsys.readouterr().err
+        monkeypatch.setattr(reward_client, "HEALTH_DEADLINE_S", 1)
+        client.cfg.reward_timeout_s = 5
+        client.process.send_signal(signal.SIGSTOP)
+        assert verdicts(client) == VERDICTS
+        assert client.restarts == 2
+        assert "it does not answer any more, starting it again" in capsys.readouterr().err
     finally:
         client.close()
     assert client.process.poll() == 0

@@ -1,5 +1,6 @@
 """Learning is real: it happens with every variant and option, and does not happen without a signal."""
 
+import runpy
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import RECIPE, ROOT, logged, weights
 
+import train_grpo
 from config import load_config
 from launch import RunError, check_gates
 from logger import Logger
@@ -48,6 +50,16 @@ def test_every_variant_learns(begin, name, capsys, tmp_path):
 def learned(metrics: list[dict]) -> None:
     rewards = [m["reward"] for m in metrics]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.2, rewards
+
+
+def test_a_loss_of_ones_own_learns(begin, tmp_path, monkeypatch):
+    """The fork under examples/ that replaces one function."""
+    own = runpy.run_path(str(ROOT / "examples" / "rejection_sampling.py"))["better_than_the_group"]
+    monkeypatch.setattr(train_grpo, "grpo_loss", own)
+    loop(begin("loss_fn.reference_policy_kl_penalty=0"))
+    metrics = logged(tmp_path)
+    learned(metrics)
+    assert all(m["loss"] > 0.01 for m in metrics)  # a log-likelihood, which GRPO's loss is not
 
 
 def test_a_constant_reward_teaches_nothing(begin, tmp_path):

@@ -6,11 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 from conftest import RECIPE, ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import evaluate
 import prepare_data
@@ -136,3 +139,19 @@ def test_commands_that_are_run_as_printed(folder, warm_model, arithmetic_rows):
     assert "nothing was learned: in none of the 2 steps" in trained.stderr, trained.stderr[-3000:]
     assert plotted.returncode == 0, plotted.stderr
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------- requirements/
+
+
+@pytest.mark.parametrize(("extra", "parts"), [("cpu", ["main", "cpu"]), ("dev", ["dev"]), ("gpu", ["gpu"])])
+def test_locked_versions_are_those_that_pyproject_allows(extra, parts):
+    """Every direct requirement is locked, to a version that it allows; there is nothing but names and versions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    allowed = {"main": project["dependencies"], **project["optional-dependencies"]}
+    lines = (ROOT / "requirements" / f"{extra}.txt").read_text().splitlines()
+    pinned = [line for line in lines if not line.startswith("#")]
+    assert [line for line in pinned if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+    locked = {canonicalize_name(name): version for name, version in (line.split("==") for line in pinned)}
+    for requirement in (Requirement(text) for part in parts for text in allowed[part]):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement

@@ -20,7 +20,7 @@ import rollout
 import train_grpo
 from checkpoint import Checkpoints
 from config import ConfigError
-from launch import RunError, Stopped, explain
+from launch import RunError, Stopped, StopRequests, explain
 from logger import Logger
 from reward_client import RewardClient
 from train_grpo import loop, train
@@ -150,8 +150,9 @@ def test_two_runs_in_one_log_folder_are_refused(begin, tmp_path):
 def test_a_time_limit_during_generation_saves_what_is_finished(begin, tmp_path, monkeypatch):
     """Slurm's signal comes in the second batch: its step is abandoned and the first one saved."""
     run = begin("checkpointing.enabled=true", f"checkpointing.checkpoint_dir={tmp_path}/checkpoints")
-    run = dataclasses.replace(run, rewards=RewardClient(run.cfg.env, tmp_path), checkpoints=Checkpoints(run.cfg))
-    driver = os.getpid()
+    own = {"rewards": RewardClient(run.cfg.env, tmp_path), "checkpoints": Checkpoints(run.cfg)}
+    run, driver = dataclasses.replace(run, **own, stop=StopRequests(None)), os.getpid()
+    run.stop.listen()
 
     def arm(actor) -> None:
         original, calls = actor.step, itertools.count(1)
@@ -174,7 +175,6 @@ def test_a_time_limit_during_generation_saves_what_is_finished(begin, tmp_path, 
 
 @pytest.mark.slow
 def test_engines_that_go_on_dying_end_the_run(begin, monkeypatch):
-    """And so does a policy rank that dies, in an update: the weights of the step are gone."""
     monkeypatch.setattr(rollout, "MOST_RESTARTS", 0)
     run = begin()
     die_in(run.engines.workers[0], "step", after=5)

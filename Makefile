@@ -41,18 +41,18 @@ lint: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip
 
-# Versions are in pyproject.toml alone; tools/requirements.py prints the part that is asked for.
-.venv/installed-cpu: pyproject.toml | .venv/bin/pip
+# Versions are in pyproject.toml, those that were tested in requirements/; tools/requirements.py prints what is asked for.
+.venv/installed-cpu: pyproject.toml requirements/cpu.txt | .venv/bin/pip
 	@echo "installing for the CPU, about two minutes the first time"
 	bash tools/install_cpu.sh $(BIN)
 	@touch $@
 
-.venv/installed-gpu: pyproject.toml | .venv/bin/pip
+.venv/installed-gpu: pyproject.toml requirements/gpu.txt | .venv/bin/pip
 	@echo "installing for the GPU, some minutes the first time"
 	$(BIN)/pip install -q $$($(BIN)/python tools/requirements.py main gpu)
 	@touch $@
 
-.venv/installed-dev: pyproject.toml | .venv/installed-$(EXTRA)
+.venv/installed-dev: pyproject.toml requirements/dev.txt | .venv/installed-$(EXTRA)
 	$(BIN)/pip install -q $$($(BIN)/python tools/requirements.py dev)
 	@touch $@
 

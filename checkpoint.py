@@ -11,7 +11,6 @@ from `grpo.seed` and the number of batches drawn, which is in `run.json`. The ra
 """
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader
 
 from config import KEYS, Checkpointing, Config, ConfigError
-from launch import RunError
+from launch import RunError, lock_folder
 from policy import Policy
 from rows import contents
 
@@ -77,20 +76,9 @@ class Checkpoints:
         self.seconds = 0.0  # the longest that a save took, from its start until it was complete
         if not cfg.checkpointing.enabled:
             return
-        where = f"checkpointing.checkpoint_dir='{self.dir}'"
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock_file = (self.dir / ".lock").open("w")
-            try:
-                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
-            except BlockingIOError:
-                raise ConfigError(f"another run is writing to {where}; wait for it or choose another") from None
-            except OSError:
-                pass  # the file system has no locks
-            for unfinished in self.dir.glob("tmp_step_*"):
-                remove(unfinished)
-        except OSError as e:
-            raise ConfigError(f"cannot write to {where} ({e.strerror}); choose another") from None
+        self._lock_file = lock_folder(self.dir, "checkpointing.checkpoint_dir")
+        for unfinished in self.dir.glob("tmp_step_*"):
+            remove(unfinished)
         self.contents = contents_of(cfg)
         if complete := steps_in(self.dir):
             self.newest = complete[max(complete)]

@@ -5,6 +5,8 @@ As a script it checks a configuration and starts nothing: `python launch.py [--c
 """
 
 import argparse
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -12,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 import torch
@@ -120,6 +123,24 @@ def check_before_start(cfg: Config) -> None:
         raise ConfigError("cluster.gpus_per_node is above 0 but this machine has no GPU; pass cluster.gpus_per_node=0")
 
 
+def lock_folder(folder: Path, key: str) -> IO[str]:
+    """Make a folder that no other run may use while the returned file is open. `key`: what names the folder.
+
+    Raises ConfigError if another run uses it, or if it cannot be written to.
+    """
+    where = f"{key}='{folder}'"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f".{key}.lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however it ends
+    except BlockingIOError:
+        raise ConfigError(f"another run is writing to {where}; wait for it or choose another") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+            raise ConfigError(f"cannot write to {where} ({e.strerror}); choose another") from None
+    return lock
+
+
 def start_ray(cfg: Config, stop: StopRequests) -> Any:
     """Join the cluster at RAY_ADDRESS or start Ray here; reserve one bundle per rank. Returns the placement group.
 
@@ -192,15 +213,17 @@ class Actors:
         threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
         cpu_env = {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         actor = ray.remote(worker)
-        self.workers = [
-            actor.options(
+
+        def start(bundle: int, given: tuple) -> Any:
+            return actor.options(
                 num_cpus=0,
                 num_gpus=gpus if self.on_gpu else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
                 runtime_env={"env_vars": gpu_env if self.on_gpu else cpu_env},
             ).remote(*given)
-            for bundle, given in zip(bundles, arguments, strict=True)
-        ]
+
+        self.starters = [partial(start, *each) for each in zip(bundles, arguments, strict=True)]
+        self.workers = [start_worker() for start_worker in self.starters]
 
     def all(self, method: str, *args: Any) -> list[Any]:
         """Call `method` of every actor; their results."""
@@ -230,6 +253,8 @@ def explain(error: BaseException) -> str:
     """One line for errors whose own text does not say what to do."""
     if "CUDA out of memory" in str(error):
         return f"a GPU ran out of memory (checkpoints are intact): {OUT_OF_MEMORY_ADVICE}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "a disk or quota is full (checkpoints are intact); make room, and the same command continues"
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
         if "creation task" in str(error):  # the text is a trace whose last line says what was wrong
             trace = str(error).split("For further information visit")[0]  # pydantic's last line

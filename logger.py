@@ -16,6 +16,7 @@ import psutil
 from tqdm import tqdm
 
 from config import Config, ConfigError
+from launch import lock_folder
 
 GROUPS = {"val:": "validation", "time/": "timing", "": "train"}  # by how a metric's name begins
 PERFORMANCE = (  # these are in a group of their own
@@ -45,7 +46,7 @@ class Logger:
     def __init__(self, cfg: Config, resumed_step: int = 0, wandb_id: str | None = None):
         """`resumed_step`: the run continues after it; rows of later steps, which will be run again, are dropped."""
         self.cfg, self.dir, self.num_gpus = cfg.logger, Path(cfg.logger.log_dir), cfg.num_bundles
-        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock_file = lock_folder(self.dir, "logger.log_dir")
         self.metrics_file = open_rows(self.dir / "metrics.jsonl", resumed_step)
         self.rollouts_file = open_rows(self.dir / "rollouts.jsonl", resumed_step)
         self.local = threading.local()
@@ -201,8 +202,8 @@ class Logger:
 
     def close(self) -> None:
         """Close everything; the last rows are written."""
-        self.metrics_file.close()
-        self.rollouts_file.close()
+        for file in (self.metrics_file, self.rollouts_file, self.lock_file):
+            file.close()
         if self.wandb:
             self.wandb.finish()
         if self.tensorboard:

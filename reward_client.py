@@ -24,6 +24,7 @@ from launch import RunError
 VERIFIED = frozenset({"correct", "wrong", "no_answer"})  # any other status says nothing about the answer
 LARGEST_REWARD = 1e6  # beyond this a reward is taken for a fault of the verifier
 START_DEADLINE_S = 30.0
+HEALTH_DEADLINE_S = 10.0
 ATTEMPTS = 3
 BANNER = "reward server listening on "
 UNREACHABLE = {"reward": 0.0, "status": "unreachable", "extracted_answer": None}
@@ -174,13 +175,23 @@ class RewardClient:
 
     def _restart_if_dead(self, url: str) -> None:
         with self._lock:
-            if self.process is None or url != self.url or self.process.poll() is None:
+            if self.process is None or url != self.url or self._is_alive():
                 return  # not ours, already restarted by another thread, or alive
-            print(
-                f"reward server: it died with exit code {self.process.returncode}, starting it again", file=sys.stderr
-            )
+            code = self.process.poll()
+            state = "does not answer any more" if code is None else f"died with exit code {code}"
+            print(f"reward server: it {state}, starting it again", file=sys.stderr)
+            self.process.kill()
             self.restarts += 1
             self._start()
+
+    def _is_alive(self) -> bool:
+        """Whether our server runs and says so; it does also while its workers are busy."""
+        if self.process.poll() is not None:
+            return False
+        try:
+            return self._session().get(f"{self.url}/healthz", timeout=HEALTH_DEADLINE_S).ok
+        except requests.RequestException:
+            return False
 
     def close(self) -> None:
         """Stop the server we started; whoever's server it is otherwise stays."""

@@ -5,6 +5,7 @@ The engine runs in the actor's own process: no second process to hand tokens to,
 
 import gc
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayActorError
 
 from config import Config, PolicyCfg
 from launch import OUT_OF_MEMORY_ADVICE, Actors
 from refit import Link, WeightReceiver, route
 
+MOST_RESTARTS = 3  # for one batch of prompts; an engine that dies once more will not be helped by another start
 ADVANCE_S = 0.05  # how long requests of episodes wait until the engine takes them in
 
 
@@ -244,7 +247,9 @@ class RolloutEngines(Actors):
         super().__init__(RolloutWorker, arguments, cfg, placement, bundles, share, {})
         self.cfg, self.sleeps = cfg, self.on_gpu and colocated.enabled and colocated.sleep
         self.route = route(cfg.device, colocated.enabled)
+        self.policy: list[Any] = []
         self.link: Link | None = None
+        self.restarts = 0
 
     def start(self) -> list[Any]:
         """References that resolve when the engines are loaded."""
@@ -261,41 +266,83 @@ class RolloutEngines(Actors):
         """Sample `n` answers to every prompt (token ids); yields one `Group` a prompt, in the order they finish.
 
         Prompts are dealt to the engines in turn; each engine draws from its own seed, or with a list of seeds each
-        prompt from its own. Raises TimeoutError when no engine has finished a group for `cluster.timeout_s`.
+        prompt from its own. An engine that dies is replaced, and the new one is asked for the same prompts with the
+        same seed: those that the old one had answered must be among them, since all samples depend on each other.
+        Raises TimeoutError when no engine has finished a group for `cluster.timeout_s`.
         """
         if temperature is None:
             temperature = self.cfg.policy.generation.temperature
         count = len(self.workers)
-        streams = [
-            w.generate.options(num_returns="streaming").remote(
-                list(enumerate(prompts))[i::count],
-                n,
-                seed[i::count] if isinstance(seed, list) else seed * count + i,
-                stop_token_ids,
-                temperature,
-            )
-            for i, w in enumerate(self.workers)
-        ]
+
+        def ask(i: int) -> Any:
+            asked = list(enumerate(prompts))[i::count]
+            own_seed = seed[i::count] if isinstance(seed, list) else seed * count + i
+            method = self.workers[i].generate.options(num_returns="streaming")
+            return method.remote(asked, n, own_seed, stop_token_ids, temperature)
+
+        streams = {ask(i): i for i in range(count)}
+        answered, most_restarts = set(), self.restarts + MOST_RESTARTS
         while streams:
-            ready, _ = ray.wait(streams, num_returns=1, timeout=self.timeout_s, fetch_local=False)
+            ready, _ = ray.wait(list(streams), num_returns=1, timeout=self.timeout_s, fetch_local=False)
             if not ready:
                 raise TimeoutError(f"no answer from the rollout engines for {self.timeout_s:.0f} s (cluster.timeout_s)")
             for stream in ready:
                 try:
-                    yield from ray.get(next(stream), timeout=self.timeout_s)
+                    groups = ray.get(next(stream), timeout=self.timeout_s)
                 except StopIteration:
-                    streams.remove(stream)
+                    del streams[stream]
+                    continue
+                except RayActorError as e:
+                    if self.restarts == most_restarts or e.actor_init_failed:
+                        raise
+                    i = streams.pop(stream)
+                    self.replace(i, e)
+                    streams[ask(i)] = i
+                    continue
+                yield from (group for group in groups if group.index not in answered)
+                answered.update(group.index for group in groups)
+
+    def replace(self, i: int, reason: Exception) -> None:
+        """Start engine `i`, which died, again where it was, with the policy's weights."""
+        why = " ".join(str(reason).split())[-200:]
+        print(f"rollout engine {i} died, starting it again ({why})", file=sys.stderr, flush=True)
+        self.restarts += 1
+        ray.kill(self.workers[i])  # Ray may only have lost sight of it
+        # Makes room. Where a policy rank died too, with its node, this raises what ends the run.
+        ray.get([w.empty_cache.remote() for w in self.policy], timeout=self.timeout_s)
+        self.workers[i] = self.starters[i]()
+        if self.policy:  # in evaluate.py engines read their weights themselves
+            Link(self.policy, [self.workers[i]], [self.cfg.engine_bundles[i]], self.route, self.timeout_s).refit()
+            self.link = None  # the one of all engines still knows the old one
+
+    def replace_dead(self) -> None:
+        """Replace engines that died while nothing was asked of them."""
+        for i, worker in enumerate(self.workers):
+            try:
+                ray.get(worker.ready.remote(), timeout=self.timeout_s)
+            except RayActorError as e:
+                self.replace(i, e)
 
     def sleep(self) -> None:
         if self.sleeps:
             self.all("sleep")
 
     def connect(self, policy_workers: list[Any]) -> None:
-        """Once both sides are loaded: agree on how weights travel."""
-        self.link = Link(policy_workers, self.workers, self.cfg.engine_bundles, self.route, self.timeout_s)
+        """From now on weights come from there."""
+        self.policy = policy_workers
 
     def refit(self) -> None:
         """Bring the policy's weights into every engine and wake the KV memory. (`generate` forgets cached prefixes.)"""
+        self.replace_dead()  # in a broadcast the others would wait for them
+        try:
+            self._refit()
+        except RayActorError:  # one died just now
+            self.replace_dead()
+            self._refit()  # what is awake already stays so
+
+    def _refit(self) -> None:
+        if not self.link:
+            self.link = Link(self.policy, self.workers, self.cfg.engine_bundles, self.route, self.timeout_s)
         if self.sleeps:
             self.link.make_room()
             self.all("wake_up", "weights")

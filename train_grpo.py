@@ -540,7 +540,8 @@ def train_step(run: Run, step: int) -> None:
         run.engines.refit()
     # 8. Log, validate, checkpoint
     metrics |= rollout_metrics(drawn) | run.policy.memory() | validate(run, step)
-    metrics |= run.limits.generation(*sizes(drawn))
+    metrics |= run.limits.generation(*sizes(drawn)) | {"engine_restarts": run.engines.restarts}
+    metrics |= {"reward_server_restarts": run.rewards.restarts} if run.rewards else {}
     run.log.end_step(metrics, drawn, run.limits.utilization)
     check_gates(g, metrics, run.exceeded)
     run.finished = Position(step, run.batches_drawn, dict(run.exceeded), metrics)

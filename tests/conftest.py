@@ -1,17 +1,21 @@
 """Fixtures: tiny random models made by the quickstart's own script, and configurations that run them."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one takes seconds for a single example
 hypothesis.settings.load_profile("any machine")
@@ -87,3 +91,71 @@ def quickstart_overrides(arithmetic_rows, tiny_model, tmp_path):
         f"checkpointing.checkpoint_dir={tmp_path}/checkpoints",
         "grpo.reward_shaping.enabled=false",
     ]
+
+
+# ---------------------------------------------------------------- a run in the tests' own process
+
+BASE = [
+    "grpo.num_prompts_per_step=16", "grpo.val_period=0", "grpo.val_at_start=false", "grpo.max_num_epochs=99",
+    "grpo.max_num_steps=20", "checkpointing.enabled=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(arithmetic_rows, warm_model) -> list[str]:
+    data = [f"data.{split}_jsonl_fpath={arithmetic_rows}/{split}.jsonl" for split in ("train", "validation")]
+    return [*BASE, *data, f"policy.model_name={warm_model}", "grpo.reward_shaping.enabled=false"]
+
+
+@pytest.fixture(scope="module")
+def started(base, tmp_path_factory) -> Iterator[tuple[Any, Path]]:
+    """A run that has made no step yet, and a folder with its state; its processes serve several tests."""
+    import ray
+
+    from config import load_config
+    from train_grpo import start
+
+    folder = tmp_path_factory.mktemp("started")
+    folders = [f"logger.log_dir={folder}", f"checkpointing.checkpoint_dir={folder}/checkpoints"]
+    run = start(load_config(RECIPE, [*base, *folders, "loss_fn.reference_policy_kl_penalty=0.001"]))
+    (folder / "state").mkdir()
+    run.policy.save(folder / "state", lambda: None)
+    assert {error for error, _ in run.policy.wait_saved()} == {None}
+    yield run, folder / "state" / "training_state"
+    run.rewards.close()
+    ray.shutdown()
+
+
+@pytest.fixture
+def begin(started, base, tmp_path):
+    """The run from its beginning, with other settings of what happens in the driver."""
+    from checkpoint import Position
+    from config import load_config
+    from logger import Logger
+
+    run, state = started
+
+    def with_settings(*overrides: str) -> Any:
+        cfg = load_config(RECIPE, [*base, f"logger.log_dir={tmp_path}/logs", *overrides])
+        run.policy.load(state)
+        run.engines.refit()
+        batches = run.rows.number_of_batches(cfg.grpo.num_prompts_per_step, cfg.grpo.max_num_epochs)
+        steps = min(cfg.grpo.max_num_steps, batches)
+        fresh = {"finished": Position(), "batches_drawn": 0, "exceeded": {}, "learned": False}
+        return dataclasses.replace(run, cfg=cfg, log=Logger(cfg), num_batches=batches, last_step=steps, **fresh)
+
+    return with_settings
+
+
+def weights(run: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """The policy's weights as a checkpoint has them."""
+    from safetensors.torch import load_file
+
+    folder.mkdir()
+    run.policy.save(folder, lambda: None)
+    run.policy.wait_saved()
+    return load_file(folder / "model.safetensors")
+
+
+def logged(folder: Path, name: str = "metrics") -> list[dict]:
+    return [json.loads(line) for line in (folder / "logs" / f"{name}.jsonl").read_text().splitlines()]

@@ -32,6 +32,21 @@ for wait in (lambda: ray.wait([never], timeout=2), lambda: ray.get(never, timeou
         print("stopped by", e)
 ray.shutdown()
 """
+REFUSED = """
+import os, ray._private.utils, launch
+from config import load_config
+
+def start():
+    try:
+        launch.start_ray(load_config("recipes/quickstart.yaml", []), launch.StopRequests(None))
+    except launch.RunError as e:
+        print(e)
+
+ray._private.utils.compute_version_info = lambda: (ray.__version__, "3.99.0")  # as if this were another Python
+start()
+del os.environ["RAY_ADDRESS"]
+start()
+"""
 
 
 def test_many_nodes_need_a_cluster(quickstart_overrides, monkeypatch):
@@ -58,8 +73,9 @@ def test_no_ray_is_one_line(quickstart_overrides, monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def beside_old_ray() -> tuple[list[str], str]:
-    """What WITH_RAY prints on a machine where an earlier `ray start` was left running, and that Ray's port."""
+def beside_old_ray() -> tuple[list[str], str, list[str]]:
+    """What WITH_RAY prints on a machine where an earlier `ray start` was left running, and that Ray's port; and what
+    REFUSED prints that tries to join it, and then to start one with an object store of a megabyte."""
     mark = f"test {os.getpid()}"
     ray = Path(sys.executable).with_name("ray")
     subprocess.run(
@@ -78,16 +94,21 @@ def beside_old_ray() -> tuple[list[str], str]:
         done = subprocess.run(
             [sys.executable, "-c", WITH_RAY], capture_output=True, text=True, timeout=600, cwd=ROOT, check=True
         )
+        small = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "1000000"}
+        refused = subprocess.run(
+            [sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=600, cwd=ROOT, check=True,
+            env=os.environ | small,
+        )  # fmt: skip
     finally:
         for process in old:
             with suppress(psutil.Error):
                 process.kill()
-    return done.stdout.splitlines(), port
+    return done.stdout.splitlines(), port, refused.stdout.splitlines()
 
 
 @pytest.mark.slow
 def test_a_run_does_not_join_an_old_ray_and_does_not_stop_for_it(beside_old_ray):
-    printed, port = beside_old_ray
+    printed, port, _ = beside_old_ray
     assert printed[0].startswith("nodes 1 cluster ")
     assert f":{port}" not in printed[0]
 
@@ -96,6 +117,15 @@ def test_a_run_does_not_join_an_old_ray_and_does_not_stop_for_it(beside_old_ray)
 def test_a_signal_while_ray_waits_stops_the_run(beside_old_ray):
     """Ray's compiled code makes a SystemError of a signal handler's exception, once what it waits for is over."""
     assert beside_old_ray[0][1:] == ["stopped by SIGTERM"] * 2
+
+
+@pytest.mark.slow
+def test_a_cluster_of_another_python_and_a_small_object_store(beside_old_ray):
+    _, port, (other, small) = beside_old_ray
+    assert other.startswith(f"no Ray at RAY_ADDRESS=127.0.0.1:{port}: start it there, or unset RAY_ADDRESS (RuntimeErr")
+    assert "Version mismatch" in other and "Python: 3.99.0" in other
+    assert small.startswith("no Ray on this machine (ValueError: ")
+    assert "object store" in small or "object_store_memory" in small
 
 
 @pytest.mark.parametrize(

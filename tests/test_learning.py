@@ -1,84 +1,22 @@
 """Learning is real: it happens with every variant and option, and does not happen without a signal."""
 
-import dataclasses
-import json
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file
+from conftest import RECIPE, ROOT, logged, weights
 
-from checkpoint import Position
+import train_grpo
 from config import load_config
 from launch import RunError, check_gates
 from logger import Logger
 from reward_client import RewardClient
-from train_grpo import Run, loop, start, stop_if_not_finite
+from train_grpo import loop, stop_if_not_finite
 
 pytestmark = pytest.mark.slow
-RECIPE = ROOT / "recipes" / "quickstart.yaml"
-
-
-BASE = [
-    "grpo.num_prompts_per_step=16", "grpo.val_period=0", "grpo.val_at_start=false", "grpo.max_num_epochs=99",
-    "grpo.max_num_steps=20", "checkpointing.enabled=false",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(arithmetic_rows, warm_model) -> list[str]:
-    data = [f"data.{split}_jsonl_fpath={arithmetic_rows}/{split}.jsonl" for split in ("train", "validation")]
-    return [*BASE, *data, f"policy.model_name={warm_model}", "grpo.reward_shaping.enabled=false"]
-
-
-@pytest.fixture(scope="module")
-def started(base, tmp_path_factory) -> Iterator[tuple[Run, Path]]:
-    """A run that has made no step yet, and a folder with its state; its processes serve several tests."""
-    folder = tmp_path_factory.mktemp("started")
-    folders = [f"logger.log_dir={folder}", f"checkpointing.checkpoint_dir={folder}/checkpoints"]
-    run = start(load_config(RECIPE, [*base, *folders, "loss_fn.reference_policy_kl_penalty=0.001"]))
-    (folder / "state").mkdir()
-    run.policy.save(folder / "state", lambda: None)
-    assert {error for error, _ in run.policy.wait_saved()} == {None}
-    yield run, folder / "state" / "training_state"
-    run.rewards.close()
-    ray.shutdown()
-
-
-@pytest.fixture
-def begin(started, base, tmp_path):
-    """The run from its beginning, with other settings of what happens in the driver."""
-    run, state = started
-
-    def with_settings(*overrides: str) -> Run:
-        cfg = load_config(RECIPE, [*base, f"logger.log_dir={tmp_path}/logs", *overrides])
-        run.policy.load(state)
-        run.engines.refit()
-        batches = run.rows.number_of_batches(cfg.grpo.num_prompts_per_step, cfg.grpo.max_num_epochs)
-        steps = min(cfg.grpo.max_num_steps, batches)
-        fresh = {"finished": Position(), "batches_drawn": 0, "exceeded": {}, "learned": False}
-        return dataclasses.replace(run, cfg=cfg, log=Logger(cfg), num_batches=batches, last_step=steps, **fresh)
-
-    return with_settings
-
-
-def weights(run: Run, folder: Path) -> dict[str, torch.Tensor]:
-    """The policy's weights as a checkpoint has them."""
-    folder.mkdir()
-    run.policy.save(folder, lambda: None)
-    run.policy.wait_saved()
-    return load_file(folder / "model.safetensors")
-
-
-def logged(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
-
 
 OPTIONS = {  # the last is of the variant grpo
     "dr_grpo": ["loss_fn.variant=dr_grpo"],
@@ -112,6 +50,16 @@ def test_every_variant_learns(begin, name, capsys, tmp_path):
 def learned(metrics: list[dict]) -> None:
     rewards = [m["reward"] for m in metrics]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.2, rewards
+
+
+def test_a_loss_of_ones_own_learns(begin, tmp_path, monkeypatch):
+    """The fork under examples/ that replaces one function."""
+    own = runpy.run_path(str(ROOT / "examples" / "rejection_sampling.py"))["better_than_the_group"]
+    monkeypatch.setattr(train_grpo, "grpo_loss", own)
+    loop(begin("loss_fn.reference_policy_kl_penalty=0"))
+    metrics = logged(tmp_path)
+    learned(metrics)
+    assert all(m["loss"] > 0.01 for m in metrics)  # a log-likelihood, which GRPO's loss is not
 
 
 def test_a_constant_reward_teaches_nothing(begin, tmp_path):

@@ -75,8 +75,8 @@ def mismatch(policy: Policy, batch: Sequences) -> tuple[float, float]:
 @pytest.mark.parametrize(("gpus", "setting"), SETTINGS)
 def test_engine_agrees_with_policy_after_refit(pair, gpus, setting, untied_model):
     """Also with prompts whose keys and values vLLM had cached under older weights; with a head that is not tied to the
-    embeddings, at another temperature, in two engines on a device of their own (weights over NCCL or gloo); in float16;
-    and after vLLM gave its memory away."""
+    embeddings, at another temperature, in two engines on a device of their own (weights over NCCL or gloo) of which one
+    dies; in float16; and after vLLM gave its memory away."""
     overrides = [f"cluster.gpus_per_node={gpus}", "policy.optimizer.lr=0.02"]
     overrides += ["policy.precision=bfloat16"] if gpus else []
     overrides += ["policy.max_total_sequence_length=256", "policy.sequence_packing.train_mb_tokens=8192"]
@@ -112,6 +112,11 @@ def test_engine_agrees_with_policy_after_refit(pair, gpus, setting, untied_model
         policy.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts})
         stale = mismatch(policy, before)[0]
         engines.refit()
+    if setting == "apart":
+        ray.kill(engines.workers[0])  # the one on its device that joins the broadcast
+        engines.refit()
+        assert engines.restarts == 1
+        assert mismatch(policy, sample(engines, 2, prompts))[int(gpus)] < (1e-3 if gpus else 1e-4)
     assert stale > 0.05  # the update did move the weights, so agreement is the refit's work
     check_refit(cfg.policy, policy, engines, vocabulary=200)
     if cfg.policy.precision == "float32":

@@ -5,7 +5,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import ROOT
 
+import reward_client
 from config import ConfigError, Env
 from launch import RunError
 from reward_client import VERIFIED, RewardClient
@@ -33,6 +35,12 @@ def test_starts_scores_restarts_and_stops(tmp_path, capsys, monkeypatch):
         assert client.restarts == 1
         assert client.process.pid != first.pid
         assert "it died with exit code -9, starting it again" in capsys.readouterr().err
+        monkeypatch.setattr(reward_client, "HEALTH_DEADLINE_S", 1)
+        client.cfg.reward_timeout_s = 5
+        client.process.send_signal(signal.SIGSTOP)
+        assert verdicts(client) == VERDICTS
+        assert client.restarts == 2
+        assert "it does not answer any more, starting it again" in capsys.readouterr().err
     finally:
         client.close()
     assert client.process.poll() == 0
@@ -70,18 +78,19 @@ def test_a_server_of_another_kind_is_one_line(somebody_elses_server, tmp_path):
 
 
 def test_a_verifier_of_ones_own_sees_the_whole_row(tmp_path):
-    """Chosen by configuration; it pays the last word where the row says so, and returns a plain number."""
-    (tmp_path / "mine.py").write_text(
-        "def last_word(text, row):\n    return row['worth'] * (text.split()[-1] == row['expected_answer'])\n"
-    )
-    client = RewardClient(Env(reward_workers=1, verifier=f"{tmp_path}/mine.py:last_word"), tmp_path)
+    """Chosen by configuration; the one under examples/ looks at the row's unit and tolerance."""
+    verifier = f"{ROOT}/examples/measurement.py:measurement"
+    client = RewardClient(Env(reward_workers=1, verifier=verifier), tmp_path)
+    row = {"expected_answer": "86400", "unit": "s", "tolerance": 0.1}
+    texts = ["24 h are 86400 s.", "8.0e4 s", "about 86400 seconds", "86400", "7.0e4 s", "long"]
     try:
-        found = client.submit(["it is red", "it is blue"], {"expected_answer": "blue", "worth": 0.5}).result(timeout=60)
-        assert [v["reward"] for v in found] == [0.0, 0.5]
+        found = client.submit(texts, row).result(timeout=60)
+        assert [v["reward"] for v in found] == [1.0, 1.0, 0.5, 0.5, 0.0, 0.0]
+        assert [v["status"] for v in found] == ["correct"] * 4 + ["wrong", "no_answer"]
     finally:
         client.close()
     with pytest.raises(ConfigError, match="the reward server did not start"):
-        RewardClient(Env(reward_workers=1, verifier=f"{tmp_path}/mine.py:nothing"), tmp_path)
+        RewardClient(Env(reward_workers=1, verifier=f"{ROOT}/examples/measurement.py:nothing"), tmp_path)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -148,7 +147,7 @@ def test_no_secret_is_written(short_run):
 def test_checkpoints_kept_and_complete(short_run):
     """The best by validation accuracy and the latest; no half-written folder; plain Hugging Face inside."""
     folder, _ = short_run
-    kept = sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name != ".lock")
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir() if not p.name.startswith("."))
     accuracy = {m["step"]: m.get("val:accuracy", -1) for m in read(folder / "logs" / "metrics.jsonl") if m["step"]}
     best = max(accuracy, key=lambda step: (accuracy[step], step))
     assert kept == sorted({f"step_{best}", "step_3"})
@@ -196,39 +195,6 @@ def children(process: psutil.Process, words: str) -> list[psutil.Process]:
         except psutil.Error:  # it ended while we looked
             continue
     return found
-
-
-@pytest.mark.slow
-def test_death_of_the_reward_server_and_of_an_engine(quickstart_overrides, warm_model, tmp_path):
-    """The first is restarted and the run goes on; the second ends it with a clear line and no process left behind."""
-    overrides = [*quickstart_overrides, *BATCH, f"policy.model_name={warm_model}", "grpo.val_at_start=false"]
-    overrides += [
-        "grpo.max_num_steps=100000",
-        "grpo.max_num_epochs=100000",
-        "grpo.val_period=0",
-        "checkpointing.enabled=false",
-    ]
-    errors = tmp_path / "stderr"
-    with errors.open("w") as stderr:
-        run = subprocess.Popen(command(overrides), stdout=subprocess.DEVNULL, stderr=stderr, cwd=tmp_path)
-    process = psutil.Process(run.pid)
-    metrics = tmp_path / "logs" / "metrics.jsonl"
-    try:
-        wait_for(lambda: len(read(metrics)) >= 2 or run.poll() is not None, 120, "the second step")
-        children(process, "reward_server.py")[0].send_signal(signal.SIGKILL)
-        wait_for(lambda: "starting it again" in errors.read_text(), 30, "the restart")
-        before = len(read(metrics))
-        wait_for(lambda: len(read(metrics)) >= before + 3, 60, "three more steps")
-        assert read(metrics)[-1]["num_unverified"] == 0
-        family = [p for p in process.children(recursive=True) if p.is_running()]
-        children(process, "ray::RolloutWorker")[0].send_signal(signal.SIGKILL)
-        assert run.wait(timeout=240) == 1
-    finally:
-        run.kill()
-    lines = errors.read_text()
-    assert "error: a policy or rollout actor died, the run cannot go on (checkpoints are intact)" in lines
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert alive == []
 
 
 # ---------------------------------------------------------------- before anything starts

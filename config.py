@@ -181,9 +181,18 @@ class PolicyCfg:
 
 
 @dataclass
+class ValidationSet:
+    path: str = MISSING
+    num_val_generations_per_prompt: int = 1
+
+
+@dataclass
 class Data:
     train_jsonl_fpath: str = key(MISSING, "training rows, from prepare_data.py")
     validation_jsonl_fpath: str | None = key(None, "validation rows; null: no validation")
+    validation_sets: dict[str, ValidationSet] = key(
+        {}, "more of them, NAME: {path, num_val_generations_per_prompt}; their metrics are val:NAME:accuracy and so on"
+    )
     shuffle: bool = key(True, "shuffle the rows each epoch")
     chat_template: str | None = key(None, "Jinja file to use instead of the model's own chat template")
     chat_template_kwargs: dict[str, Any] = key({}, "what the chat template is given, such as {enable_thinking: false}")
@@ -260,6 +269,12 @@ class Config:
     @property
     def samples_per_step(self) -> int:
         return self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
+
+    @property
+    def validation_sets(self) -> dict[str, ValidationSet]:
+        """By name; the one at `data.validation_jsonl_fpath` has an empty name."""
+        path, n = self.data.validation_jsonl_fpath, self.grpo.num_val_generations_per_prompt
+        return ({"": ValidationSet(path, n)} if path else {}) | self.data.validation_sets
 
     @property
     def device(self) -> str:
@@ -419,6 +434,12 @@ def contradictions(cfg: Config) -> Iterator[str]:
     ordered = shaping.overlong_buffer_length <= shaping.max_response_length <= gen.max_new_tokens
     if shaping.enabled and not ordered:
         yield "grpo.reward_shaping needs overlong_buffer_length <= max_response_length <= generation.max_new_tokens"
+    for name, each in cfg.data.validation_sets.items():
+        if each.num_val_generations_per_prompt < 1 or not re.fullmatch(r"[\w-]+", name):
+            yield f"data.validation_sets.{name} needs a name of letters and digits, and at least 1 sample of each row"
+    ranked_by, sets = cfg.checkpointing.metric_name.split(":"), cfg.validation_sets
+    if ranked_by[0] == "val" and sets and ":".join(ranked_by[1:-1]) not in sets:
+        yield f"checkpointing.metric_name={cfg.checkpointing.metric_name} is of none of the validation sets"
     if env.should_use_judge and not (env.judge_url or env.reward_url):
         yield "env.should_use_judge=true needs env.judge_url"
     if sum(map(bool, (env.gym_url, env.episode, env.reward_url))) > 1:

@@ -102,8 +102,9 @@ class StopRequests:
 
 def check_before_start(cfg: Config) -> None:
     """Problems that need a look at the disk or the environment, before anything starts."""
-    for name in ("train_jsonl_fpath", "validation_jsonl_fpath"):
-        path = getattr(cfg.data, name)
+    files = {"train_jsonl_fpath": cfg.data.train_jsonl_fpath, "validation_jsonl_fpath": cfg.data.validation_jsonl_fpath}
+    files |= {f"validation_sets.{name}.path": each.path for name, each in cfg.data.validation_sets.items()}
+    for name, path in files.items():
         if path and not Path(path).is_file():
             raise ConfigError(f"data.{name}='{path}' does not exist; make it with prepare_data.py")
     has_key = {"WANDB_MODE", "WANDB_API_KEY"} & os.environ.keys() or (Path.home() / ".netrc").exists()

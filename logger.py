@@ -37,7 +37,7 @@ CONSOLE = (  # a step's lines; one with a metric that the step does not have is 
 def in_group(name: str) -> str:
     """A metric's name in W&B and TensorBoard, which show together what has the same word before the slash."""
     prefix = next(prefix for prefix in GROUPS if name.startswith(prefix))
-    return f"{'performance' if name in PERFORMANCE else GROUPS[prefix]}/{name.removeprefix(prefix)}"
+    return f"{'performance' if name in PERFORMANCE else GROUPS[prefix]}/{name.removeprefix(prefix).replace(':', '/')}"
 
 
 class Logger:
@@ -53,7 +53,7 @@ class Logger:
         self.step, self.last_step = 0, 0
         self.first_step: int | None = None
         self.total_seconds: Counter[str] = Counter()  # of each phase, over all steps
-        self.accuracies: dict[int, float] = {}  # of validations, by step
+        self.accuracies: dict[str, dict[int, float]] = {}  # for each validation set those of its steps
         self._start_clock()
         self.wandb = self.tensorboard = None
         if cfg.logger.wandb_enabled:
@@ -122,7 +122,7 @@ class Logger:
         metrics |= derive(metrics)
         self.total_seconds.update(self.seconds)
         self._print_step(metrics, left=elapsed / (self.step - self.first_step + 1) * (self.last_step - self.step))
-        self._write(self.step, metrics)
+        self.write(self.step, metrics)
         self._write_samples(samples, "train")
         self._start_clock()
 
@@ -137,31 +137,28 @@ class Logger:
         print(f" • {total:.2f} s: {times}; {left / 60:.1f} min left", flush=True)
 
     def validation(
-        self, step: int, metrics: dict[str, float], samples: list[Any], decode: Callable[[Any], str]
+        self, step: int, prefix: str, metrics: dict[str, float], samples: list[Any], decode: Callable[[Any], str]
     ) -> None:
-        """Report a validation; its metrics are written with the step's (or alone before the first step).
-
-        `decode`: token ids to text, for the prompts.
-        """
-        accuracy, length = metrics["val:accuracy"], metrics["val:avg_length"]
-        print(f" • validation: accuracy {accuracy:.3f} on {len(samples)} answers, {length:.1f} tokens", flush=True)
+        """Report a validation on one set, whose metrics begin with `prefix`. `decode`: token ids to text of prompts."""
+        accuracy, length = metrics[f"{prefix}accuracy"], metrics[f"{prefix}avg_length"]
+        name = prefix.replace("val:", "validation ").strip(": ")
+        print(f" • {name}: accuracy {accuracy:.3f} on {len(samples)} answers, {length:.1f} tokens", flush=True)
         for sample in samples[: self.cfg.num_val_samples_to_print]:
             print(f"   [{sample.reward:.0f}] {sample.text!r}")
-        self.accuracies[step] = accuracy
+        self.accuracies.setdefault(name, {})[step] = accuracy
         if self.wandb:
             import wandb
 
             table = wandb.Table(["prompt", "response", "reward", "status", "tokens"])
             for s in best_and_worst(samples, self.cfg.num_rollouts_to_save):
                 table.add_data(decode(s.prompt_ids), s.text, s.reward, s.status, s.response_tokens)
-            self.wandb.log({"validation/samples": table}, step=step)
-        self._write_samples(samples, "validation")
-        if step == 0:
-            self._write(0, metrics)
+            self.wandb.log({in_group(f"{prefix}samples"): table}, step=step)
+        self._write_samples(samples, name)
 
     # ------------------------------------------------------------ files
 
-    def _write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of a step to all files and services."""
         self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.metrics_file.flush()
         metrics = {in_group(name): value for name, value in metrics.items()}
@@ -193,9 +190,9 @@ class Logger:
         total = time.perf_counter() - self.run_began
         shares = [f"{name} {seconds / total:.0%}" for name, seconds in self.total_seconds.most_common(4)]
         print(f"\n━━━ Finished: step {self.step} in {total / 60:.1f} minutes, of which {', '.join(shares)}")
-        if self.accuracies:
-            best = max(self.accuracies, key=self.accuracies.get)
-            print(f" • best validation accuracy {self.accuracies[best]:.3f}, after step {best}")
+        for name, found in self.accuracies.items():
+            best = max(found, key=found.get)
+            print(f" • best {name} accuracy {found[best]:.3f}, after step {best}")
         print(f" • python plot_run.py {self.dir} --output {self.dir / 'run.png'}")
         if checkpoint:
             print(f" • python evaluate.py --model {checkpoint} --data {data}\n • vllm serve {checkpoint}", flush=True)

@@ -457,7 +457,7 @@ class Run:
     tokenizer: Any
     stop_token_ids: list[int]
     rows: Rows
-    val_rows: Rows | None
+    val_rows: dict[str, Rows]  # by the names of the validation sets
     num_batches: int  # of prompts, in all epochs
     last_step: int
     rewards: RewardClient | None  # None where episodes bring their rewards along
@@ -498,7 +498,9 @@ def loop(run: Run) -> None:
     """Steps until the last one, or until the epochs' prompts are used up."""
     if run.finished.step == 0:
         with run.stop.interruptible():
-            validate(run, step=0)
+            metrics = validate(run, step=0)
+        if metrics:
+            run.log.write(0, metrics)
     while run.finished.step < run.last_step and run.batches_drawn < run.num_batches:
         run.stop.before_step(run.checkpoints.seconds)
         train_step(run, run.finished.step + 1)
@@ -554,30 +556,34 @@ VALIDATION_SEED = 1_000_000_000  # far from the training steps' seeds, and the s
 
 
 def validate(run: Run, step: int) -> dict[str, float]:
-    """If a validation is due: mean accuracy of the rows, `grpo.num_val_generations_per_prompt` sampled responses each.
-
-    Samples that could not be verified do not count as wrong; without any other the accuracy is NaN.
-    """
-    g, found = run.cfg.grpo, []
+    """If a validation is due: metrics of each validation set, those of a named one as val:NAME:accuracy and so on."""
+    g, metrics = run.cfg.grpo, {}
     at_this_step = g.val_at_start if step == 0 else g.val_period and (step % g.val_period == 0 or step == run.last_step)
-    if not (run.val_rows and at_this_step):
-        return {}
-    indices = list(range(len(run.val_rows)))[: g.max_val_samples]
-    size = g.val_batch_size or len(indices)
-    with run.log.phase("validate"):
-        for start in range(0, len(indices), size):
-            n, part = g.num_val_generations_per_prompt, indices[start : start + size]
-            found += sample_and_score(run, run.val_rows, part, n, seed=VALIDATION_SEED + start)
-    of_all = rollout_metrics(found)
-    metrics = {
-        "val:accuracy": of_all["reward"] if of_all["num_unverified"] < len(found) else math.nan,
-        "val:num_answers": len(found) - of_all["num_unverified"],
-        "val:num_unverified": of_all["num_unverified"],
-        "val:avg_length": of_all["mean_gen_tokens"],
-        "val:truncation_rate": of_all["truncation_rate"],
-    }
-    run.log.validation(step, metrics, found, run.tokenizer.decode)
+    for name, rows in run.val_rows.items() if at_this_step else ():
+        n = run.cfg.validation_sets[name].num_val_generations_per_prompt
+        with run.log.phase("validate"):
+            found = validation_samples(run, rows, n)
+        of_all, prefix = rollout_metrics(found), f"val:{name}:" if name else "val:"
+        # Samples that could not be verified do not count as wrong; without any other there is no accuracy.
+        of_set = {
+            f"{prefix}accuracy": of_all["reward"] if of_all["num_unverified"] < len(found) else math.nan,
+            f"{prefix}num_answers": len(found) - of_all["num_unverified"],
+            f"{prefix}num_unverified": of_all["num_unverified"],
+            f"{prefix}avg_length": of_all["mean_gen_tokens"],
+            f"{prefix}truncation_rate": of_all["truncation_rate"],
+        }
+        run.log.validation(step, prefix, of_set, found, run.tokenizer.decode)
+        metrics |= of_set
     return metrics
+
+
+def validation_samples(run: Run, rows: Rows, n: int) -> list[Sample]:
+    """`n` samples of each of the first `grpo.max_val_samples` rows, the same whatever was sampled before."""
+    g, indices = run.cfg.grpo, list(range(len(rows)))[: run.cfg.grpo.max_val_samples]
+    size = g.val_batch_size or len(indices)
+    starts = range(0, len(indices), size)
+    parts = [sample_and_score(run, rows, indices[s : s + size], n, seed=VALIDATION_SEED + s) for s in starts]
+    return [sample for part in parts for sample in part]
 
 
 # ---------------------------------------------------------------- start, gates
@@ -616,7 +622,7 @@ def start(cfg: Config) -> Run:
             tokenizer=tokenizer,
             stop_token_ids=stop_token_ids,
             rows=rows,
-            val_rows=read(data.validation_jsonl_fpath) if data.validation_jsonl_fpath else None,
+            val_rows={name: read(each.path) for name, each in cfg.validation_sets.items()},
             num_batches=num_batches,
             last_step=min(g.max_num_steps, num_batches),
             rewards=rewards,

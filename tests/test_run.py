@@ -36,14 +36,17 @@ def read(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def short_run(warm_model, arithmetic_rows, tmp_path_factory):
-    """Three steps of the quickstart with every logger on."""
+    """Three steps of the quickstart with every logger on and a second validation set of two rows."""
     folder = tmp_path_factory.mktemp("run")
+    rows = (arithmetic_rows / "validation.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(rows[:2]))
     overrides = [
         *BATCH, "grpo.reward_shaping.enabled=false", f"policy.model_name={warm_model}",
         f"data.train_jsonl_fpath={arithmetic_rows}/train.jsonl",
         f"data.validation_jsonl_fpath={arithmetic_rows}/validation.jsonl", f"logger.log_dir={folder}/logs",
         f"checkpointing.checkpoint_dir={folder}/checkpoints", "checkpointing.save_period=1",
-        "checkpointing.keep_top_k=1",
+        "checkpointing.keep_top_k=1", "checkpointing.metric_name=val:few:accuracy",
+        f"data.validation_sets={{few: {{path: {folder}/few.jsonl, num_val_generations_per_prompt: 3}}}}",
         "grpo.max_num_steps=3", "grpo.val_period=2", "logger.num_rollouts_to_save=-1", "logger.wandb_enabled=true",
         "logger.tensorboard_enabled=true", "logger.profile_steps=[2]",
         "policy.max_grad_norm=0.1", "policy.sequence_packing.train_mb_tokens=256",
@@ -116,8 +119,9 @@ def test_console_and_loggers(short_run, arithmetic_rows):
     logged = offline.read_bytes()
     for name in (b"train/reward", b"validation/accuracy", b"timing/generate_s", b"performance/tokens_per_s"):
         assert name in logged
-    (table,) = {path.name: path for path in offline.parent.rglob("samples_0_*.table.json")}.values()
-    found = json.loads(table.read_text())
+    tables = {path.parent.name: path for path in offline.parent.rglob("samples_0_*.table.json")}
+    assert len(json.loads(tables["few"].read_text())["data"]) == 6
+    found = json.loads(tables["validation"].read_text())
     assert found["columns"] == ["prompt", "response", "reward", "status", "tokens"]
     assert len(found["data"]) == len(read(arithmetic_rows / "validation.jsonl"))
     assert "What is" in found["data"][0][0]
@@ -132,6 +136,13 @@ def test_console_and_loggers(short_run, arithmetic_rows):
     assert [e.step for e in events.Scalars("train/reward")] == [1, 2, 3]
     best = max(m["val:accuracy"] for m in steps if "val:accuracy" in m)
     assert f"best validation accuracy {best:.3f}, after step" in done.stdout
+    assert "best validation few accuracy" in done.stdout
+    assert [e.step for e in events.Scalars("validation/few/accuracy")] == [0, 2, 3]
+    rollouts = read(folder / "logs" / "rollouts.jsonl")
+    for m in [m for m in steps if "val:accuracy" in m]:
+        few = [row for row in rollouts if (row["step"], row["split"]) == (m["step"], "validation few")]
+        assert [row["prompt"] for row in few] == [0, 0, 0, 1, 1, 1]
+        assert m["val:few:accuracy"] == pytest.approx(sum(row["reward"] for row in few) / 6)
     assert done.stdout.splitlines()[-1] == f" • vllm serve {folder}/checkpoints/step_3"
 
 
@@ -145,10 +156,10 @@ def test_no_secret_is_written(short_run):
 
 @pytest.mark.slow
 def test_checkpoints_kept_and_complete(short_run):
-    """The best by validation accuracy and the latest; no half-written folder; plain Hugging Face inside."""
+    """The best by the second set's accuracy and the latest; no half-written folder; plain Hugging Face inside."""
     folder, _ = short_run
     kept = sorted(p.name for p in (folder / "checkpoints").iterdir() if not p.name.startswith("."))
-    accuracy = {m["step"]: m.get("val:accuracy", -1) for m in read(folder / "logs" / "metrics.jsonl") if m["step"]}
+    accuracy = {m["step"]: m.get("val:few:accuracy", -1) for m in read(folder / "logs" / "metrics.jsonl") if m["step"]}
     best = max(accuracy, key=lambda step: (accuracy[step], step))
     assert kept == sorted({f"step_{best}", "step_3"})
     names = {p.name for p in (folder / "checkpoints" / "step_3").iterdir()}

@@ -80,11 +80,11 @@ class Checkpoints:
         self._lock_file = lock_folder(self.dir, "checkpointing.checkpoint_dir")
         for unfinished in self.dir.glob("tmp_step_*"):
             remove(unfinished)
-        self.contents = contents_of(cfg)
+        self.settings = settings(cfg)
         if complete := steps_in(self.dir):
             self.newest = complete[max(complete)]
             self.position, saved = read_checkpoint(self.newest)
-            check_compatible(cfg, saved, self.newest, self.contents)
+            check_compatible(self.settings, saved, self.newest, cfg.world_size)
             self.wandb_id, self.saved_step = saved["wandb_id"], self.position.step
 
     def restore(self, policy: Policy) -> None:
@@ -100,9 +100,8 @@ class Checkpoints:
         run = {
             "position": dataclasses.asdict(position),
             "wandb_id": wandb_id,
-            "contents": self.contents,
             "world_size": self.cfg.world_size,
-            "settings": settings(self.cfg),
+            "settings": self.settings,
         }
         try:
             unfinished.mkdir(parents=True)
@@ -202,8 +201,9 @@ def steps_in(folder: Path) -> dict[int, Path]:
 
 
 def settings(cfg: Config) -> dict[str, Any]:
-    """The configuration as {"section.key": value}."""
-    return {name: attrgetter(name)(cfg) for name in KEYS}
+    """The configuration as {"section.key": value}, and what identifies the contents of FILES."""
+    found = {name: attrgetter(name)(cfg) for name in KEYS}
+    return found | {f"the contents (sha256) of {name}": contents(found[name]) for name in FILES}
 
 
 def read_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]]:
@@ -212,7 +212,7 @@ def read_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]]:
     try:
         saved = json.loads(path.read_text())
         position = Position(**saved["position"])
-        if missing := {"wandb_id", "contents", "world_size", "settings"} - saved.keys():
+        if missing := {"wandb_id", "world_size", "settings"} - saved.keys():
             raise KeyError(*missing)
         path = folder / "training_state" / ".metadata"
         for part in FileSystemReader(path.parent).read_metadata().storage_data.values():
@@ -228,22 +228,17 @@ def read_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]]:
     return position, saved
 
 
-def contents_of(cfg: Config) -> dict[str, str | None]:
-    """What identifies each of FILES."""
-    return {f"the contents (sha256) of {name}": contents(attrgetter(name)(cfg)) for name in FILES}
-
-
-def check_compatible(cfg: Config, saved: dict[str, Any], folder: Path, files: dict[str, str | None]) -> None:
-    """Raise ConfigError for the first thing that makes this another experiment than the one in `folder`."""
-    before, now = saved["settings"] | saved["contents"], settings(cfg) | files
+def check_compatible(now: dict[str, Any], saved: dict[str, Any], folder: Path, world_size: int) -> None:
+    """Raise ConfigError for the first of the settings that makes this another experiment than the one in `folder`."""
+    before = saved["settings"]
     for name in sorted(now.keys() & before.keys()):
         if now[name] != before[name] and not name.startswith(MAY_CHANGE):
             raise ConfigError(
                 f"{name} was {before[name]} and is {now[name]}: to continue '{folder}' set it back; to start anew "
                 "choose another checkpointing.checkpoint_dir"
             )
-    if saved["world_size"] != cfg.world_size:
+    if saved["world_size"] != world_size:
         print(
-            f" • {saved['world_size']} ranks became {cfg.world_size}: weights and optimizer state are redistributed, "
+            f" • {saved['world_size']} ranks became {world_size}: weights and optimizer state are redistributed, "
             "answers will differ from those of an uninterrupted run"
         )

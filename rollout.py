@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -317,11 +317,20 @@ class RolloutEngines(Actors):
 
     def replace_dead(self) -> None:
         """Replace engines that died while nothing was asked of them."""
-        for i, worker in enumerate(self.workers):
+        for i, ready in enumerate([w.ready.remote() for w in self.workers]):
             try:
-                ray.get(worker.ready.remote(), timeout=self.timeout_s)
+                ray.get(ready, timeout=self.timeout_s)
             except RayActorError as e:
                 self.replace(i, e)
+
+    def surviving(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns; where engines die meanwhile they are replaced, and it is done again."""
+        for _ in range(MOST_RESTARTS):
+            try:
+                return work()
+            except RayActorError:
+                self.replace_dead()
+        return work()
 
     def sleep(self) -> None:
         if self.sleeps:
@@ -334,11 +343,7 @@ class RolloutEngines(Actors):
     def refit(self) -> None:
         """Bring the policy's weights into every engine and wake the KV memory. (`generate` forgets cached prefixes.)"""
         self.replace_dead()  # in a broadcast the others would wait for them
-        try:
-            self._refit()
-        except RayActorError:  # one died just now
-            self.replace_dead()
-            self._refit()  # what is awake already stays so
+        self.surviving(self._refit)  # what is awake already stays so
 
     def _refit(self) -> None:
         if not self.link:

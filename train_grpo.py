@@ -266,7 +266,8 @@ def sample_and_score(run: "Run", rows: Rows, indices: list[int], n: int, seed: i
 
     if run.episodes:
         with run.log.phase("generate", total=len(indices) * n) as progress:
-            found = run.episodes.play([rows.rows[i] for i in indices], n, seed, progress.update)
+            play = partial(run.episodes.play, [rows.rows[i] for i in indices], n, seed, progress.update)
+            found = run.engines.surviving(play)
         return [Sample(i // n, text=run.tokenizer.decode(e.response_ids), **vars(e)) for i, e in enumerate(found)]
     pending: list[tuple[list[Sample], Future]] = []
     with run.log.phase("generate", total=len(indices)) as progress:

@@ -20,10 +20,11 @@ import rollout
 import train_grpo
 from checkpoint import Checkpoints
 from config import ConfigError
+from gym import Episodes
 from launch import RunError, Stopped, StopRequests, explain
 from logger import Logger
 from reward_client import RewardClient
-from train_grpo import loop, train
+from train_grpo import loop, sample_and_score, train
 
 CLOCK = ("time/", "tokens_per_s", "_restarts")  # what differs between two runs of the same seed
 
@@ -76,6 +77,23 @@ def test_what_can_recover_recovers_within_the_step(begin, tmp_path, capfd):
     said = capfd.readouterr().err
     assert "rollout engine 0 died, starting it again (" in said
     assert "reward server: it died with exit code -9, starting it again" in said
+
+
+@pytest.mark.slow
+def test_episodes_are_played_again_when_an_engine_dies(begin, tmp_path):
+    (tmp_path / "once.py").write_text(
+        "async def play(engine, row):\n"
+        "    chat = row['responses_create_params']['input']\n"
+        "    return [*chat, await engine.reply(chat)], 1.0\n"
+    )
+    run = begin(f"env.episode={tmp_path}/once.py:play")
+    before = run.engines.restarts
+    episodes = Episodes(run.cfg, run.tokenizer, run.stop_token_ids, run.engines.workers)
+    die_in(run.engines.workers[0], "step", after=3)
+    samples = sample_and_score(dataclasses.replace(run, episodes=episodes), run.rows, [4, 5, 6], 2, seed=1)
+    episodes.close()
+    assert [(s.prompt, s.status) for s in samples] == [(p, "correct") for p in (0, 0, 1, 1, 2, 2)]
+    assert run.engines.restarts == before + 1
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_no_ray_is_one_line(quickstart_overrides, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def beside_old_ray() -> tuple[list[str], str, list[str]]:
-    """What WITH_RAY prints on a machine where an earlier `ray start` was left running, and that Ray's port; and what
+    """What WITH_RAY prints on a machine where an earlier `ray start` was left running, and that Ray's address; and what
     REFUSED prints that tries to join it, and then to start one with an object store of a megabyte."""
     mark = f"test {os.getpid()}"
     ray = Path(sys.executable).with_name("ray")
@@ -90,11 +90,11 @@ def beside_old_ray() -> tuple[list[str], str, list[str]]:
         for process in psutil.process_iter():
             with suppress(psutil.Error):  # it has ended, or it is not ours
                 old += [process] if process.environ().get("LEFT_BY") == mark else []
-        port = next(found[1] for p in old if (found := re.search(r"gcs_server_port=(\d+)", " ".join(p.cmdline()))))
+        address = next(found[1] for p in old if (found := re.search(r"gcs-address=(\S+:\d+)", " ".join(p.cmdline()))))
         done = subprocess.run(
             [sys.executable, "-c", WITH_RAY], capture_output=True, text=True, timeout=600, cwd=ROOT, check=True
         )
-        small = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "1000000"}
+        small = {"RAY_ADDRESS": address, "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "1000000"}
         refused = subprocess.run(
             [sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=600, cwd=ROOT, check=True,
             env=os.environ | small,
@@ -103,14 +103,14 @@ def beside_old_ray() -> tuple[list[str], str, list[str]]:
         for process in old:
             with suppress(psutil.Error):
                 process.kill()
-    return done.stdout.splitlines(), port, refused.stdout.splitlines()
+    return done.stdout.splitlines(), address, refused.stdout.splitlines()
 
 
 @pytest.mark.slow
 def test_a_run_does_not_join_an_old_ray_and_does_not_stop_for_it(beside_old_ray):
-    printed, port, _ = beside_old_ray
+    printed, address, _ = beside_old_ray
     assert printed[0].startswith("nodes 1 cluster ")
-    assert f":{port}" not in printed[0]
+    assert address not in printed[0]
 
 
 @pytest.mark.slow
@@ -121,8 +121,8 @@ def test_a_signal_while_ray_waits_stops_the_run(beside_old_ray):
 
 @pytest.mark.slow
 def test_a_cluster_of_another_python_and_a_small_object_store(beside_old_ray):
-    _, port, (other, small) = beside_old_ray
-    assert other.startswith(f"no Ray at RAY_ADDRESS=127.0.0.1:{port}: start it there, or unset RAY_ADDRESS (RuntimeErr")
+    _, address, (other, small) = beside_old_ray
+    assert other.startswith(f"no Ray at RAY_ADDRESS={address}: start it there, or unset RAY_ADDRESS (RuntimeError: ")
     assert "Version mismatch" in other and "Python: 3.99.0" in other
     assert small.startswith("no Ray on this machine (ValueError: ")
     assert "object store" in small or "object_store_memory" in small

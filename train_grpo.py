@@ -87,6 +87,11 @@ def group_advantages(
     return advantages_S
 
 
+# A sample without advantage has no gradient in this loss, unless there is a KL term, and is left out of the update. Set
+# this to True with a term of your own that is there for every sample, such as entropy, length or a supervised loss.
+LOSS_NEEDS_ALL_SAMPLES = False
+
+
 def grpo_loss(
     logprobs_T: torch.Tensor,
     advantages_T: torch.Tensor,
@@ -376,8 +381,8 @@ def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor)
         per_token={"rollout_logprobs_T": [s.rollout_logprobs for s in samples], "mask_T": masks},
         per_sequence={"advantages_T": advantages_S.float().numpy()},
     )
-    # Without a KL term a sample without advantage has no gradient: it is left out, but counts in the denominators.
-    active_S = (valid_S > 0) & ((advantages_S.numpy() != 0) | needs_reference)
+    # A sample that is left out still counts in the denominators.
+    active_S = (valid_S > 0) & ((advantages_S.numpy() != 0) | needs_reference | LOSS_NEEDS_ALL_SAMPLES)
     active = np.flatnonzero(active_S)
     # Old log-probabilities are those before the update; in the first optimizer step the loss takes the present ones.
     later = active[active >= size]

@@ -53,7 +53,7 @@ def read_by_its_script(command: str, monkeypatch) -> None:
     python, script, *arguments = shlex.split(command)
     assert python == "python"
     match script:
-        case "train_grpo.py" | "examples/rejection_sampling.py":
+        case "train_grpo.py" | "sft.py" | "examples/rejection_sampling.py":
             monkeypatch.setattr(sys, "argv", [script, *arguments])
             with pytest.raises(SystemExit) if "--help" in arguments else nullcontext():
                 launch.read_config("")

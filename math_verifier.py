@@ -81,6 +81,7 @@ _PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}|[\u3040-\u9fff]{2}")
 _VALUE = re.compile(r"\d|\\(?!end|\])")
 _SAID = re.compile(r"(?i)\b(?:answer|solution|result)(?: is\b|:)|<answer>")
 _DISPLAY = re.compile(rf"{_FORMULA.pattern}|\*\*([^*\n]+)\*\*|\\begin\{{align\*?\}}(.+?)\\end\{{align", re.S)
+_BROKEN_FORMULA = re.compile(r"\n\s*(?:\$|\\\))\s*\Z")  # TeX has no inline formula over several lines
 _NOTE = re.compile(r"(?<=[^\sa-zA-Z]) ?(?:\\approx|≈).*", re.S)
 
 
@@ -159,6 +160,8 @@ def _last_side(formula: str) -> str:
 
 def _fall_back(text: str) -> str | None:
     """What the last "answer is" says; else the last formula or, where no formula follows it, the last number."""
+    if _BROKEN_FORMULA.search(text):
+        return None
     whole, *said = _SAID.split(text[-MAX_BOX_CHARS:])
     text = (said[-1] if said else whole).strip()
     line = _tidy_line(text.partition("\n")[0]) if said else text.rpartition("\n")[2]
@@ -171,17 +174,20 @@ def _fall_back(text: str) -> str | None:
     return numbers[-1] if numbers else _last_side(formula) + (percent[0] if percent else "") or None
 
 
-def extract_answer(text: str, *, lenient: bool = False) -> str | None:
-    """Return the answer written in a response, or None. Linear time, at most the last 64 KB are read."""
+def after_reasoning(text: str) -> str:
+    """What follows the last `</think>`, at most 64 KB of it; nothing of a thought that was cut off."""
     opened, closed = text.rfind("<think>"), text.rfind("</think>")
     text = text[:opened] if opened > closed else text[max(closed, 0) :].removeprefix("</think>")
-    text = text[-TAIL_CHARS:]
+    return text[-TAIL_CHARS:]
+
+
+def extract_answer(text: str, *, lenient: bool = False) -> str | None:
+    """Return the answer written in a response, or None. Linear time."""
+    text = after_reasoning(text)
     place, box = _last_boxes(text) or (0, None)
     answer = _last_statement(text[place:]) or box
     if answer is None:
         return _fall_back(text) if lenient else None
-    if lenient and _PROSE.search(answer) and len(numbers := _LAST_NUMBER.findall(answer)) == 1:
-        return numbers[0]
     return answer[:MAX_BOX_CHARS] or None
 
 
@@ -844,6 +850,22 @@ WARM_UP = [
     ("y = 2x + 3", "2x - y + 3 = 0"),
     (r"(-\infty, 1)", r"x < 1"),
 ]
+
+
+def as_peers_do(gold: str, text: str) -> str | None:
+    """The answer that math-verify finds in a whole response, if it says that it is right; else None.
+
+    Most graders of model cards are math-verify or pay what it pays: `10\\%` for 10, or four digits of a fraction.
+    """
+    from math_verify import parse, verify
+
+    text = after_reasoning(text)
+    if _BROKEN_FORMULA.search(text):
+        return None
+    formula = gold if re.search(r"\$|\\boxed|\\[(\[]", gold) else f"${gold}$"
+    gold_values, values = parse(formula, parsing_timeout=None), parse(text, parsing_timeout=None)
+    right = verify(gold_values, values, float_rounding=4, timeout_seconds=None)
+    return str(values[-1]) if right else None
 
 
 class _Unreadable(Exception):

@@ -83,11 +83,14 @@ def exact_verdict(text: str, expected_answer: str, lenient: bool = False) -> Ver
 
 def verify(response_text: str, expected_answer: str, *, lenient: bool = False) -> Verdict:
     """Verify one response in this process. Algebra runs in lazily started workers under the same hard deadline."""
-    found = exact_verdict(response_text, expected_answer, lenient)
-    if isinstance(found, Verdict):
-        return found
-    gold, answer = found
-    return dataclasses.replace(default_pool().run(answer, gold_row(gold)), extracted_answer=answer)
+    verdict = exact_verdict(response_text, expected_answer, lenient)
+    if not isinstance(verdict, Verdict):
+        gold, answer = verdict
+        verdict = dataclasses.replace(default_pool().run(answer, gold_row(gold)), extracted_answer=answer)
+    if lenient and not verdict.reward:
+        second = default_pool().run(response_text, gold_row(expected_answer, lenient=True))
+        return second if second.reward else verdict
+    return verdict
 
 
 @functools.cache
@@ -99,9 +102,9 @@ def default_pool() -> WorkerPool:
 os.register_at_fork(after_in_child=default_pool.cache_clear)  # a child must not talk to its parent's workers
 
 
-def gold_row(gold: str | None) -> bytes:
-    """A row as JSON that has an expected answer alone."""
-    return msgspec.json.encode({"expected_answer": gold})
+def gold_row(gold: str | None, lenient: bool = False) -> bytes:
+    """A row as JSON that has an expected answer alone. Where `lenient`, workers grade a whole text as peers do."""
+    return msgspec.json.encode({"expected_answer": gold, "lenient": lenient})
 
 
 # -- what comes over the wire: fields that are not named here are skipped without being built --------------------------
@@ -239,8 +242,13 @@ class RewardServer:
 
     def is_final(self, found: Any) -> bool:
         """Whether neither a worker nor the judge has to be asked."""
-        asks_judge = self.judge and isinstance(found, Verdict) and found.status in ("wrong", "unparsable_gold")
-        return isinstance(found, Verdict) and not (asks_judge and found.extracted_answer)
+        if not isinstance(found, Verdict) or (self.lenient and not found.reward):
+            return False
+        return not self.asks_judge(found)
+
+    def asks_judge(self, verdict: Verdict) -> bool:
+        """Whether there is a judge, and something for it to say."""
+        return bool(self.judge and verdict.extracted_answer and verdict.status in ("wrong", "unparsable_gold"))
 
     async def finish(self, found: Any, text: str, row: Any, raw: bytes) -> Verdict:
         """The verdict, from a worker and, where the rules said no, from the judge."""
@@ -248,7 +256,10 @@ class RewardServer:
             found = await self.algebra(*found)
         elif found is None:
             found = await self.in_worker(text, raw)
-        if self.is_final(found):
+        if self.lenient and not found.reward:
+            second = await self.in_worker(text, gold_row(row.expected_answer, lenient=True))
+            found = second if second.reward else found
+        if not self.asks_judge(found):
             return found
         status, said = await self.judge.ask(row.question, row.expected_answer, found.extracted_answer)
         reason = "the judge gave no verdict" if status == "judge_failed" else None

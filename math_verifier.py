@@ -188,6 +188,8 @@ def extract_answer(text: str, *, lenient: bool = False) -> str | None:
     answer = _last_statement(text[place:]) or box
     if answer is None:
         return _fall_back(text) if lenient else None
+    if lenient and _PROSE.search(answer) and len(numbers := _LAST_NUMBER.findall(answer)) == 1:
+        return numbers[0]
     return answer[:MAX_BOX_CHARS] or None
 
 
@@ -852,20 +854,22 @@ WARM_UP = [
 ]
 
 
-def as_peers_do(gold: str, text: str) -> str | None:
-    """The answer that math-verify finds in a whole response, if it says that it is right; else None.
+_MISREAD_BY_PEERS = re.compile(
+    r"\\(?:text|partial|infty)|(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{2}"
+)  # 5\text{ millions} as 5
 
-    Most graders of model cards are math-verify or pay what it pays: `10\\%` for 10, or four digits of a fraction.
-    """
+
+def second_opinion(gold: str, text: str) -> str | None:
+    r"""The answer in a response if math-verify finds it right, else None: peers pay `10\%` for 10, or four decimals."""
     from math_verify import parse, verify
 
-    text = after_reasoning(text)
-    if _BROKEN_FORMULA.search(text):
+    answer, text = extract_answer(text), after_reasoning(text)
+    if _MISREAD_BY_PEERS.search(answer) if answer else _BROKEN_FORMULA.search(text):
         return None
     formula = gold if re.search(r"\$|\\boxed|\\[(\[]", gold) else f"${gold}$"
-    gold_values, values = parse(formula, parsing_timeout=None), parse(text, parsing_timeout=None)
-    right = verify(gold_values, values, float_rounding=4, timeout_seconds=None)
-    return str(values[-1]) if right else None
+    found = parse(rf"\boxed{{{answer}}}" if answer else text, parsing_timeout=None)
+    right = verify(parse(formula, parsing_timeout=None), found, float_rounding=4, timeout_seconds=None)
+    return str(found[-1]) if right else None
 
 
 class _Unreadable(Exception):

@@ -65,7 +65,7 @@ def algebra(answer: str, row: dict[str, Any]) -> Verdict:
     Of a lenient row, `answer` is the whole response, which the server's rules have refused.
     """
     if row.get("lenient"):
-        found = math_verifier.as_peers_do(row["expected_answer"], answer)
+        found = math_verifier.second_opinion(row["expected_answer"], answer)
         return Verdict(float(found is not None), "wrong" if found is None else "correct", found)
     try:
         equal = math_verifier.compare(row["expected_answer"], answer, algebra=True)

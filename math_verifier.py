@@ -77,7 +77,7 @@ _ONE_IS = re.compile(
 _FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]", re.S)
 _PERCENT = r"(?: ?\\?%| ?(?:percent|pct)\b)"
 _LAST_NUMBER = re.compile(rf"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?{_PERCENT}?")
-_PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}|[\u3040-\u9fff]{2}")
+_PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}|[\u0400-\u1fff\u3040-\u9fff]{2}")
 _VALUE = re.compile(r"\d|\\(?!end|\])")
 _SAID = re.compile(r"(?i)\b(?:answer|solution|result)(?: is\b|:)|<answer>")
 _DISPLAY = re.compile(rf"{_FORMULA.pattern}|\*\*([^*\n]+)\*\*|\\begin\{{align\*?\}}(.+?)\\end\{{align", re.S)
@@ -863,12 +863,19 @@ def second_opinion(gold: str, text: str) -> str | None:
     r"""The answer in a response if math-verify finds it right, else None: peers pay `10\%` for 10, or four decimals."""
     from math_verify import parse, verify
 
-    answer, text = extract_answer(text), after_reasoning(text)
-    if _MISREAD_BY_PEERS.search(answer) if answer else _BROKEN_FORMULA.search(text):
+    stated = extract_answer(text)
+    answer = stated or extract_answer(text, lenient=True) or ""
+    name, sign, _ = answer.partition("=")
+    if stated or sign or _bracketed(answer)[0]:  # neither what was said before nor a part is the answer
+        if _MISREAD_BY_PEERS.search(answer) or (sign and not _is_name(name)):
+            return None
+        text = rf"\boxed{{{answer}}}"
+    text = after_reasoning(text)
+    if _BROKEN_FORMULA.search(text):
         return None
     formula = gold if re.search(r"\$|\\boxed|\\[(\[]", gold) else f"${gold}$"
-    found = parse(rf"\boxed{{{answer}}}" if answer else text, parsing_timeout=None)
-    right = verify(parse(formula, parsing_timeout=None), found, float_rounding=4, timeout_seconds=None)
+    gold_values, found = parse(formula, parsing_timeout=None), parse(text, parsing_timeout=None)
+    right = verify(gold_values, found, float_rounding=4, timeout_seconds=None)
     return str(found[-1]) if right else None
 
 

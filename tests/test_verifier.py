@@ -850,8 +850,8 @@ LENIENT = [
     ("the number is not 10 but 1,000.99€", "1000.99", "10"),
     (r"\frac{10}{9}", "10/9", "9"),
     ("(1, 2)", "(1,2)", "2"),
-    ("$28$ percent", r"28\%", "0.28"),
-    ("it grows by 100%.", r"100\%", "1"),
+    ("$28$ percent", r"28\%", "0.027"),
+    ("it grows by 100%.", r"100\%", "10"),
     ("I hope it is right: 34", "34", "4"),
     # what is said to be the answer, before what follows; plain LaTeX, bold, aligned lines
     ("So the answer is $13$. Indeed $26 = 2 \\cdot 13$.", "13", "26"),
@@ -860,7 +860,7 @@ LENIENT = [
     ("Hence **\\frac{4}{9}**", r"\frac49", "9"),
     ("and so\n\n= \\sqrt{11}", r"\sqrt{11}", "11"),
     ("\\begin{align*}\nx &= 3 + y \\\\\n&= 8.\n\\end{align*}", "8", "3"),
-    ("There are $7$ values of $k$.", "7", "k"),
+    ("There are $7$ values of $k$.", "7", "8"),
     ("所以比例为13/28", "13/28", "13"),
     # the last side of a chain, without a note
     ("Hence \\[p(2) = \\frac{q(2)}{3} = \\frac{5}{6}.\\]", r"\frac56", "6"),
@@ -875,6 +875,36 @@ def test_lenient_only_by_option(text: str, gold: str, other: str) -> None:
     assert verify(text, gold, lenient=True).reward == 1.0
     assert verify(text, other, lenient=True).reward == 0.0
     assert verify(text, gold).status == "no_answer"
+
+
+# Right for peers' graders, wrong by the policy.
+SECOND_OPINIONS = [
+    (r"so \boxed{10\%}", "10"),
+    (r"so \boxed{0.1667}", r"\frac{1}{6}"),
+    ("Le prix est 2,74 $ par jour.", "2.74"),
+    ("So there are **17** of them, the answer is 17 " + "and that is so. " * 300, "17"),
+    (r"\boxed{(1, 2), (3, 4), (1, 2)}", "(1,2),(3,4)"),
+]
+
+
+@pytest.mark.parametrize(("text", "gold"), SECOND_OPINIONS)
+def test_lenient_pays_what_peers_pay(text: str, gold: str) -> None:
+    assert verify(text, gold, lenient=True).status == "correct"
+    assert verify(text, gold).reward == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        (r"\boxed{5} is not right. Answer: 6", "5"),
+        (r"\boxed{5\text{ millions}}", "5"),
+        (r"\boxed{8 = 7}", "7"),
+        (r"<think> It is \boxed{42}. </think> I do not know.", "42"),
+        ("We get \\(\n9\n\\)", "9"),
+    ],
+)
+def test_lenient_refuses_what_is_wrong_for_everybody(text: str, gold: str) -> None:
+    assert verify(text, gold, lenient=True).reward == 0.0
 
 
 def test_lenient_keeps_what_strict_finds() -> None:

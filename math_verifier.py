@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -1047,73 +1046,22 @@ def _parse(text: str) -> Any:
         lambda e: sympy.sign(e.base) ** e.exp.p * sympy.Abs(e.base) ** e.exp,
     )
     lazy = (sympy.Sum, sympy.Product, sympy.Integral)
-    expr = expr.doit() if expr.has(*lazy) else expr
+    expr = expr.doit() if expr.has(*lazy, sympy.floor, sympy.ceiling) else expr
     if not isinstance(expr, sympy.Expr) or expr.has(sympy.nan, sympy.zoo, *lazy):
         raise _Unreadable(str(expr)[:40])
     return expr
 
 
-def _points(names: list[Any], *exprs: Any) -> list[dict[Any, Any]]:
-    """Fixed points to compare functions at: near 0; where functions have corners, at integers and far out as well."""
-    import sympy
-
-    steps = any(expr.has(sympy.floor, sympy.ceiling) for expr in exprs)
-    corners = any(expr.has(sympy.Abs, sympy.sign) for expr in exprs) or any(
-        power.exp.is_Rational and power.exp.q > 1 and not power.base.is_Atom
-        for e in exprs
-        for power in e.atoms(sympy.Pow)
-    )
-    spans = [1, 1, 4, 4, 4, 30] + [10**3, 10**3, 10**6, 10**6, 10**9, 10**9, 10**12, 10**12] * (corners or steps)
-    draw = random.Random(0)
-    points = []
-    for index, span in enumerate(spans if names else [1]):
-        point = {}
-        for bit, name in enumerate(names):  # after the first two, the bits of the index are the signs
-            sign = -1 if index > 1 and index >> bit % 3 & 1 else 1
-            value = sympy.Rational(draw.randint(1, 10**6), 10**6) * span * sign
-            point[name] = sympy.floor(value) if steps and index % 4 == 3 else value
-        points.append(point)
-    return points
-
-
-def _parts(expr: Any, point: dict[Any, Any]) -> list[Any] | None:
-    """Real and imaginary part at a point, 0 where nothing but rounding is left; None where there is no value."""
-    import sympy
-
-    expr = expr.subs(point) if expr.has(sympy.floor, sympy.ceiling) else expr  # at an integer, rounding would decide
-    for digits in (60, 2_000, 10_000):
-        value = expr.evalf(20, subs=point, maxn=digits)
-        parts = value.as_real_imag() if value.is_number else (None,)
-        if not all(part is not None and (part.is_Float or part.is_Integer) and part.is_finite for part in parts):
-            return None
-        certain = [part if part != 0 and part._prec > 1 else 0 for part in parts]
-        if any(certain) or all(abs(part) < 1e-50 for part in parts):
-            return certain
-    return None
-
-
 def _same_value(gold: str, answer: str) -> bool:
-    """Whether two expressions are the same function, decided at points where the difference is exactly 0 or not."""
+    """Whether two expressions are the same function: sympy looks for a point where they differ, then for a proof."""
     import sympy
 
     gold_expr, answer_expr = _Reader(gold, answer).read_both(gold, answer)
-    if answer_expr is None or gold_expr.has(sympy.oo) or answer_expr.has(sympy.oo):
+    written = (sympy.oo, sympy.floor, sympy.ceiling)
+    if answer_expr is None or gold_expr.has(*written) or answer_expr.has(*written):
         return answer_expr == gold_expr
-    names = sorted(gold_expr.free_symbols | answer_expr.free_symbols, key=str)
-    agreed = 0
-    for point in _points(names, gold_expr, answer_expr):
-        difference = _parts(gold_expr - answer_expr, point)
-        agreed += difference == [0, 0]
-        if difference in (None, [0, 0]):
-            continue
-        sides = [_parts(expr, point) or [0, 1] for expr in (gold_expr, answer_expr)]
-        real = [side[1] == 0 for side in sides]
-        one_sided = real == [True, False] and gold_expr.has(sympy.Abs) and not answer_expr.has(sympy.Abs)
-        if all(real) or one_sided or not names or gold_expr.has(sympy.I) or answer_expr.has(sympy.I):
-            return (
-                False  # elsewhere, off the real line, branches differ: log(ab) = log a + log b is not held against it
-            )
-    return agreed >= min(2, 1 + len(names))
+    sympy.core.random.seed(0)  # the same verdict every time
+    return (gold_expr - answer_expr).equals(0) is True
 
 
 def _same_set(gold: str, answer: str) -> bool | None:

@@ -1,7 +1,7 @@
 r"""Decide whether a model's answer equals the reference answer. Pure functions: no process, no network, no torch.
 
 `extract_answer` finds the answer in a response. `compare` decides exactly what numbers, text, lists and sets can decide
-(microseconds), and returns None for what needs algebra. `compare(..., algebra=True)` decides that too: math-verify's
+(microseconds), and raises NeedsAlgebra for the rest. `compare(..., algebra=True)` decides that too: math-verify's
 parser reads the LaTeX, sympy decides. It must run in a process that can be killed: model output is hostile.
 
 An answer passes through four steps: extract -> normalise (one spelling) -> read (a number, a group such as a list or a
@@ -29,6 +29,10 @@ MAX_TRIES = 16
 MAX_STRUCTURE_CHARS = 1_000  # longer answers can only be numbers, or written as the gold is
 MAX_LIST_ITEMS = 40
 MAX_NESTING = 8  # lists in lists
+
+
+class NeedsAlgebra(Exception):
+    """Only sympy can decide, which must run in a process that can be killed."""
 
 
 class UnparsableGold(Exception):
@@ -586,6 +590,7 @@ def _assigned(sides: list[str], simple: bool) -> tuple[str, list[str]] | None:
 # -- Comparison -------------------------------------------------------------------------------------------------------
 
 Rest = tuple[bool, int]  # (algebra allowed, nesting depth), passed on by the comparisons of parts
+Items = tuple[str, ...]
 
 _WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z]+(?:(?:[' -]|, |\. ?)[A-Za-z]+)*[.!]?")
 _SHORT_WORDS = frozenset(["no", "yes", "odd", "all", "one", "two", "six", "ten", "any"])
@@ -597,30 +602,20 @@ _CHOICE_LABEL = re.compile(r"(?:\\text\{ ?)?(?:\(([A-J])\)|([A-J])[.:)])(?: ?\})
 _SECOND_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[B-J]|A(?! [a-z]))(?![A-Za-z])|(?<![a-z])or(?![a-z])")
 
 
-def _all(values: list[bool | None]) -> bool | None:
-    """Three-valued and: one False decides."""
-    return False not in values and (None if None in values else True)
-
-
-def _any(values: list[bool | None]) -> bool | None:
-    """Three-valued or: one True decides."""
-    return True in values or (None if None in values else False)
-
-
-def _same_items(gold: tuple[str, ...], answer: tuple[str, ...], ordered: bool, rest: Rest) -> bool | None:
+def _same_items(gold: Items, answer: Items, ordered: bool, rest: Rest) -> bool:
     if len(gold) != len(answer) or len(gold) > MAX_LIST_ITEMS or not all(gold) or not all(answer):
         return False
     if ordered or _named_values(gold):  # x = 1, y = 2 names its places
-        in_order = _all([compare(g, a, *rest) for g, a in zip(gold, answer, strict=True)])
-        if ordered or in_order is not False or not all("=" in item for item in answer):
+        in_order = all(compare(g, a, *rest) for g, a in zip(gold, answer, strict=True))
+        if ordered or in_order or not all("=" in item for item in answer):
             return in_order
-    left, verdicts = list(answer), []
+    left = list(answer)
     for g in gold:
-        found: list[bool | None] = [compare(g, a, *rest) for a in left]
-        if True in found:
-            left.pop(found.index(True))
-        verdicts.append(_any(found))
-    return _all(verdicts)
+        found = next((place for place, a in enumerate(left) if compare(g, a, *rest)), None)
+        if found is None:
+            return False
+        left.pop(found)
+    return True
 
 
 def _bare(text: str) -> str:
@@ -629,11 +624,8 @@ def _bare(text: str) -> str:
     return match[1].strip() if match else text
 
 
-def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bool | None:
-    """Compare two answers by the policy. None: only algebra can decide (never with `algebra`, which needs a worker).
-
-    Raises UnparsableGold where the gold cannot be read, so that nothing can be said about the answer.
-    """
+def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bool:
+    """Compare two answers by the policy. Raises UnparsableGold, and NeedsAlgebra where that is not allowed."""
     gold, answer = normalise(gold), normalise(answer)
     if not gold or not answer or depth > MAX_NESTING:
         return False
@@ -656,8 +648,10 @@ def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bo
     if verdict is not None:
         return verdict
     if _may_be_sets(gold, answer):
-        verdict = _same_set(gold, answer) if algebra else None
-        if verdict is not None or not algebra:
+        if not algebra:
+            raise NeedsAlgebra
+        verdict = _same_set(gold, answer)
+        if verdict is not None:
             return verdict
     gold_group, answer_group = parse_group(gold), parse_group(answer)
     if gold_group and answer_group:
@@ -668,26 +662,25 @@ def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bo
     return _compare_chains(gold, answer, rest)
 
 
-def _compare_rounded(gold: str, answer: str, rest: Rest) -> bool | None:
+def _compare_rounded(gold: str, answer: str, rest: Rest) -> bool:
     """`≈` in the gold marks a rounded value; in the answer, a note behind an exact value, which must be right."""
     exact, _, note = (side.strip() for side in gold.partition("≈"))
     if note:
-        exactly = compare(exact, answer, *rest) if exact and not _is_name(exact) else False
-        return _any([exactly, _rounds(answer, note, rest)])
+        return _rounds(answer, note, rest) or bool(exact and not _is_name(exact) and compare(exact, answer, *rest))
     exact, _, note = (side.strip() for side in answer.rpartition("≈"))
     if exact and not _is_name(exact):
-        return _all([compare(gold, exact, *rest), _rounds(exact.partition("≈")[0], note, rest)])
-    return compare(gold, note, *rest) if "." in gold else False
+        return compare(gold, exact, *rest) and _rounds(exact.partition("≈")[0], note, rest)
+    return "." in gold and compare(gold, note, *rest)
 
 
-def _rounds(exact: str, note: str, rest: Rest) -> bool | None:
+def _rounds(exact: str, note: str, rest: Rest) -> bool:
     """Whether an exact value (or the last side of a chain), rounded half away from zero, has the digits of a note."""
     (exact, exact_unit), (note, note_unit) = (split_unit(normalise(text.rpartition("=")[2])) for text in (exact, note))
     printed, value = parse_number(note), parse_number(exact)
     if printed is None or units_differ(note_unit, exact_unit):
         return False
     if value is None and not rest[0]:
-        return None
+        raise NeedsAlgebra
     value = _numeric_value(exact) if value is None else value
     if value is None or value * printed < 0:
         return False
@@ -732,7 +725,7 @@ def _may_be_sets(gold: str, answer: str) -> bool:
     return any(named) and all(name or pair for name, pair in zip(named, pairs, strict=True))
 
 
-def _compare_groups(gold: Group, answer: Group, rest: Rest) -> bool | None:
+def _compare_groups(gold: Group, answer: Group, rest: Rest) -> bool:
     kinds, items = {gold.kind, answer.kind}, [gold.items, answer.items]
     if kinds <= {"list", "{}"}:
         return _same_items(*items, False, rest)
@@ -753,7 +746,7 @@ def _compare_groups(gold: Group, answer: Group, rest: Rest) -> bool | None:
     return gold.columns == answer.columns and _same_items(*items, True, rest)
 
 
-def _compare_chains(gold: str, answer: str, rest: Rest) -> bool | None:
+def _compare_chains(gold: str, answer: str, rest: Rest) -> bool:
     """Equations, inequalities, `name = value`; a text without a relation is a chain of one side."""
     (gold_sides, gold_signs), (answer_sides, answer_signs) = _split(gold, _RELATIONS), _split(answer, _RELATIONS)
     if not gold_signs and not answer_signs:
@@ -765,12 +758,12 @@ def _compare_chains(gold: str, answer: str, rest: Rest) -> bool | None:
     gold_assigned, answer_assigned = _assigned(gold_sides, simple=True), _assigned(answer_sides, bool(gold_signs))
     if not gold_signs:
         values = answer_assigned[1] if answer_assigned else answer_sides
-        return _all([compare(gold, value, *rest) for value in values])
+        return all(compare(gold, value, *rest) for value in values)
     if not answer_signs:
-        return compare(gold_assigned[1][-1], answer, *rest) if gold_assigned else False
+        return gold_assigned is not None and compare(gold_assigned[1][-1], answer, *rest)
     if gold_assigned and answer_assigned:
         if _same_name(gold_assigned[0], answer_assigned[0]):
-            return _all([compare(gold_assigned[1][-1], value, *rest) for value in answer_assigned[1]])
+            return all(compare(gold_assigned[1][-1], value, *rest) for value in answer_assigned[1])
         if _is_number(gold_assigned[1][-1]):
             return False  # x = 1 is not y = 1
     same = _same_items(tuple(gold_sides), tuple(answer_sides), False, rest)
@@ -779,21 +772,22 @@ def _compare_chains(gold: str, answer: str, rest: Rest) -> bool | None:
 
 def _compare_relations(
     gold_sides: list[str], gold_signs: str, answer_sides: list[str], answer_signs: str, rest: Rest
-) -> bool | None:
+) -> bool:
     """Chains of = and < are the same if their sides are, or if one is the other times a factor."""
     if len(gold_sides) != len(answer_sides):
         return False
-    verdicts: list[bool | None] = []
     for sides, signs in ((answer_sides, answer_signs), (answer_sides[::-1], answer_signs[::-1].translate(_FLIP))):
-        same_signs = signs == gold_signs
-        verdicts.append(same_signs and _all([compare(g, a, *rest) for g, a in zip(gold_sides, sides, strict=True)]))
-    if len(gold_sides) != 2 or True in verdicts:
-        return _any(verdicts)
+        if signs == gold_signs and all(compare(g, a, *rest) for g, a in zip(gold_sides, sides, strict=True)):
+            return True
+    if len(gold_sides) != 2:
+        return False
+    if not rest[0]:
+        raise NeedsAlgebra
     differences = [f"({left})-({right})" for left, right in (gold_sides, answer_sides)]
-    return _proportional(*differences, gold_signs, answer_signs) if rest[0] else None
+    return _proportional(*differences, gold_signs, answer_signs)
 
 
-def _compare_values(gold: str, answer: str, rest: Rest) -> bool | None:
+def _compare_values(gold: str, answer: str, rest: Rest) -> bool:
     """Two single values of which at least one is an expression: units and percent, then algebra."""
     (gold, gold_unit), (answer, answer_unit) = split_unit(gold), split_unit(answer)
     if label := _CHOICE_LABEL.match(answer):  # (B) 5
@@ -807,7 +801,9 @@ def _compare_values(gold: str, answer: str, rest: Rest) -> bool | None:
         raise UnparsableGold(gold[:80])
     if _too_complex(answer):
         return False
-    return _same_value(gold, answer) if rest[0] else None
+    if not rest[0]:
+        raise NeedsAlgebra
+    return _same_value(gold, answer)
 
 
 # -- Algebra: only in a process that can be killed --------------------------------------------------------------------
@@ -823,9 +819,8 @@ WARM_UP = [
 ]
 
 
-_MISREAD_BY_PEERS = re.compile(
-    r"\\(?:text|partial|infty)|(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{2}"
-)  # 5\text{ millions} as 5
+# Peers read 5\text{ millions} as 5.
+_MISREAD_BY_PEERS = re.compile(r"\\(?:text|partial|infty)|(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{2}")
 
 
 def second_opinion(gold: str, text: str) -> str | None:

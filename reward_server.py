@@ -74,11 +74,13 @@ def exact_verdict(text: str, expected_answer: str, lenient: bool = False) -> Ver
         if "\\boxed" in gold:  # golds are used as they are; only a whole solution with a box is reduced to the box
             gold = math_verifier.extract_answer(gold) or gold
         equal = math_verifier.compare(gold, answer)
+    except math_verifier.NeedsAlgebra:
+        return gold, answer
     except math_verifier.UnparsableGold:
         return Verdict(0.0, "unparsable_gold", answer, "expected_answer cannot be read")
     except Exception as error:  # a bug, or a caller deep in its own stack: not verified, which is not "wrong"
         return Verdict(0.0, "timeout", answer, f"{type(error).__name__}: {error}"[:300])
-    return (gold, answer) if equal is None else Verdict(float(equal), "correct" if equal else "wrong", answer)
+    return Verdict(float(equal), "correct" if equal else "wrong", answer)
 
 
 def verify(response_text: str, expected_answer: str, *, lenient: bool = False) -> Verdict:

@@ -71,7 +71,7 @@ def algebra(answer: str, row: dict[str, Any]) -> Verdict:
         equal = math_verifier.compare(row["expected_answer"], answer, algebra=True)
     except math_verifier.UnparsableGold:
         return Verdict(0.0, "unparsable_gold", answer)
-    return Verdict(float(bool(equal)), "correct" if equal else "wrong", answer)
+    return Verdict(float(equal), "correct" if equal else "wrong", answer)
 
 
 def load_verifier(name: str) -> Callable[[str, dict[str, Any]], Verdict | float]:

@@ -256,6 +256,7 @@ _SPELLING = _table(
     !=  ≠
     ^[a-zA-Z] ?\\in ?(?=\\\{{ ?-?\d)
     \+? ?∞|\\text\{{ ?infinity ?\}}|(?<![a-zA-Z\\])infinity(?![a-zA-Z])  ∞
+    (?<=[\d.])\\dot ?\{{?(\d)\}}?(?:(\d*)\\dot ?\{{?(\d)\}}?)?  \\overline{{\1\2\3}}
     (?<=\d\.)(\d*)\((\d+)\)$|(?<=[\d.])\\bar ?\{{?(\d+)\}}?  \1\\overline{{\2\3}}
     \s?(?:\^ ?\{{? ?(?:\\circ|°) ?\}}?|\\text\{{ ?deg(?:ree)?s?\.? ?\}}|(?<=[\d}}]) degrees?\b)  °
     \s?(?:\\%|\\text\{{ ?(?:\\?%|per ?cent(?:age)?|pct) ?\}}|(?<=[\d}}]) ?(?:per ?cent(?:age)?|pct)\b)  %
@@ -545,14 +546,19 @@ def _named_values(items: list[str] | tuple[str, ...]) -> list[str]:
 
 
 def _matrix(match: re.Match[str]) -> Group | None:
-    """Cells row by row; None if something stands before or behind the matrix."""
-    before, _, body, behind = (part.strip() for part in match.groups())
-    if (before[-1:], behind[:1]) in (("(", ")"), ("[", "]")):
-        before, behind = before[:-1], behind[1:]
-    rows = [[cell.strip() for cell in row.split("&")] for row in body.removesuffix("\\\\").split("\\\\")]
-    if before or behind or len({len(row) for row in rows}) != 1:
+    """Cells row by row, times what stands in front; a transposed row is a column."""
+    factor, _, body, power = (part.strip() for part in match.groups())
+    if factor[-1:] in ("(", "[") and power[:1] in (")", "]"):
+        factor, power = factor[:-1], power[1:]
+    if not re.fullmatch(r"(?:\^\{?(?:T|\\top)\}?)?", power) or "\\begin" in factor + body or factor.endswith("="):
         return None
-    return Group("matrix", tuple(cell for row in rows for cell in row), len(rows[0]))
+    rows = [[cell.strip() for cell in row.split("&")] for row in body.removesuffix("\\\\").split("\\\\")]
+    if len({len(row) for row in rows}) != 1:
+        return None
+    if power:
+        rows = [list(row) for row in zip(*rows, strict=True)]
+    cells = tuple(f"({factor})({cell})" if factor else cell for row in rows for cell in row)
+    return Group("matrix", cells, len(rows[0]))
 
 
 # The left side of "name = value": what was asked for. Its arguments and subscripts do not matter.
@@ -900,6 +906,12 @@ def _too_complex(text: str) -> bool:
     )
 
 
+def _written(atom: str) -> str:
+    """One spelling of what is compared as written: 2a_{16} is 2A_16."""
+    atom = re.sub(r"[{}()]", "", _squeeze(atom))
+    return atom.upper() if atom[0].isdigit() else atom
+
+
 class _Reader:
     """Reads LaTeX of two texts with math-verify's parser, after spelling out what that parser would misread.
 
@@ -933,7 +945,7 @@ class _Reader:
         """A sympy expression, or _Unreadable."""
         if _TRIG.search(text):
             text = re.sub(r"(\d+(?:\.\d+)?|[a-z]|\))°", r"(\1\\cdot\\frac{\\pi}{180})", text)
-        text = _ATOM.sub(lambda match: self.atom(re.sub(r"[{}()]", "", _squeeze(match[0]))), text.replace("°", ""))
+        text = _ATOM.sub(lambda match: self.atom(_written(match[0])), text.replace("°", ""))
         for pattern, replacement in _EXPLICIT:
             text = pattern.sub(replacement, text)
         text = re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)

@@ -7,13 +7,9 @@ r"""HTTP math verifier for RL, usable from any trainer: right, fast, and impossi
     from reward_server import verify
     verify(r"... so \boxed{\frac{6}{4}}", "3/2").reward    # 1.0, in process, with the same hard deadline
 
-- What equals what is decided in math_verifier.py by the policy in docs/verifier.md. Exact comparisons (numbers, text,
-  lists of them) take microseconds and run on the event loop; they never wait for anybody.
-- Algebra and custom verifiers run in processes that are killed at a deadline (verifier_pool.py). One batch has all of
-  them but one, batches take turns, and what a client was waiting for is dropped when it leaves.
-- Bodies are hostile too: msgspec decodes them by type, building nothing that is not asked for; size and time are
-  limited, as those of heads and replies are.
-- `status` separates "wrong" from "could not verify" (timeout, judge_failed, unparsable_gold): mask the second.
+docs/verifier.md has the policy, the routes and who waits for whom. Exact comparisons take microseconds and run on the
+event loop; algebra and custom verifiers run in processes that are killed at a deadline (verifier_pool.py). Bodies are
+hostile too: msgspec decodes them by type, building nothing that is not asked for.
 """
 
 from __future__ import annotations

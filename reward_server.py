@@ -446,8 +446,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge-deadline", type=between(0.05, 3_600), default=30.0, help="seconds for both questions to the judge")
     add("--exit-with-parent", action="store_true", help="end when the parent process is gone")
     args = parser.parse_args(argv)
-    if args.judge_url and (args.verifier != "math" or not re.match(r"https?://[^/\s]", args.judge_url)):
-        parser.error("--judge-url must start with http:// or https:// and goes with the math verifier")
+    if args.judge_url and not re.match(r"https?://[^/\s]", args.judge_url):
+        parser.error("--judge-url must start with http:// or https://")
+    if args.verifier != "math" and (args.judge_url or args.extraction == "lenient"):
+        parser.error("--judge-url and --extraction lenient go with the math verifier")
     try:
         load_verifier(args.verifier)
     except ValueError as error:

@@ -663,6 +663,7 @@ def test_exit_with_parent(custom: Path) -> None:
         ["--verifier", "json.nope"],
         ["--verifier", "json.dumps", "--judge-url", "http://127.0.0.1:9"],
         ["--extraction", "none"],
+        ["--verifier", "json.dumps", "--extraction", "lenient"],
         ["--max-queue", "0"],
         ["--unknown"],
     ],

@@ -7,13 +7,9 @@ r"""HTTP math verifier for RL, usable from any trainer: right, fast, and impossi
     from reward_server import verify
     verify(r"... so \boxed{\frac{6}{4}}", "3/2").reward    # 1.0, in process, with the same hard deadline
 
-- What equals what is decided in math_verifier.py by the policy in docs/verifier.md. Exact comparisons (numbers, text,
-  lists of them) take microseconds and run on the event loop; they never wait for anybody.
-- Algebra and custom verifiers run in processes that are killed at a deadline (verifier_pool.py). One batch has all of
-  them but one, batches take turns, and what a client was waiting for is dropped when it leaves.
-- Bodies are hostile too: msgspec decodes them by type, building nothing that is not asked for; size and time are
-  limited, as those of heads and replies are.
-- `status` separates "wrong" from "could not verify" (timeout, judge_failed, unparsable_gold): mask the second.
+docs/verifier.md has the policy, the routes and who waits for whom. Exact comparisons take microseconds and run on the
+event loop; algebra and custom verifiers run in processes that are killed at a deadline (verifier_pool.py). Bodies are
+hostile too: msgspec decodes them by type, building nothing that is not asked for.
 """
 
 from __future__ import annotations
@@ -74,20 +70,25 @@ def exact_verdict(text: str, expected_answer: str, lenient: bool = False) -> Ver
         if "\\boxed" in gold:  # golds are used as they are; only a whole solution with a box is reduced to the box
             gold = math_verifier.extract_answer(gold) or gold
         equal = math_verifier.compare(gold, answer)
+    except math_verifier.NeedsAlgebra:
+        return gold, answer
     except math_verifier.UnparsableGold:
         return Verdict(0.0, "unparsable_gold", answer, "expected_answer cannot be read")
     except Exception as error:  # a bug, or a caller deep in its own stack: not verified, which is not "wrong"
         return Verdict(0.0, "timeout", answer, f"{type(error).__name__}: {error}"[:300])
-    return (gold, answer) if equal is None else Verdict(float(equal), "correct" if equal else "wrong", answer)
+    return Verdict(float(equal), "correct" if equal else "wrong", answer)
 
 
 def verify(response_text: str, expected_answer: str, *, lenient: bool = False) -> Verdict:
     """Verify one response in this process. Algebra runs in lazily started workers under the same hard deadline."""
-    found = exact_verdict(response_text, expected_answer, lenient)
-    if isinstance(found, Verdict):
-        return found
-    gold, answer = found
-    return dataclasses.replace(default_pool().run(answer, gold_row(gold)), extracted_answer=answer)
+    verdict = exact_verdict(response_text, expected_answer, lenient)
+    if not isinstance(verdict, Verdict):
+        gold, answer = verdict
+        verdict = dataclasses.replace(default_pool().run(answer, gold_row(gold)), extracted_answer=answer)
+    if lenient and not verdict.reward:
+        second = default_pool().run(response_text, gold_row(expected_answer, lenient=True))
+        return second if second.reward else verdict
+    return verdict
 
 
 @functools.cache
@@ -99,9 +100,9 @@ def default_pool() -> WorkerPool:
 os.register_at_fork(after_in_child=default_pool.cache_clear)  # a child must not talk to its parent's workers
 
 
-def gold_row(gold: str | None) -> bytes:
-    """A row as JSON that has an expected answer alone."""
-    return msgspec.json.encode({"expected_answer": gold})
+def gold_row(gold: str | None, lenient: bool = False) -> bytes:
+    """A row as JSON that has an expected answer alone. Where `lenient`, workers grade a whole text as peers do."""
+    return msgspec.json.encode({"expected_answer": gold, "lenient": lenient})
 
 
 # -- what comes over the wire: fields that are not named here are skipped without being built --------------------------
@@ -239,8 +240,13 @@ class RewardServer:
 
     def is_final(self, found: Any) -> bool:
         """Whether neither a worker nor the judge has to be asked."""
-        asks_judge = self.judge and isinstance(found, Verdict) and found.status in ("wrong", "unparsable_gold")
-        return isinstance(found, Verdict) and not (asks_judge and found.extracted_answer)
+        if not isinstance(found, Verdict) or (self.lenient and not found.reward):
+            return False
+        return not self.asks_judge(found)
+
+    def asks_judge(self, verdict: Verdict) -> bool:
+        """Whether there is a judge, and something for it to say."""
+        return bool(self.judge and verdict.extracted_answer and verdict.status in ("wrong", "unparsable_gold"))
 
     async def finish(self, found: Any, text: str, row: Any, raw: bytes) -> Verdict:
         """The verdict, from a worker and, where the rules said no, from the judge."""
@@ -248,7 +254,10 @@ class RewardServer:
             found = await self.algebra(*found)
         elif found is None:
             found = await self.in_worker(text, raw)
-        if self.is_final(found):
+        if self.lenient and not found.reward:
+            second = await self.in_worker(text, gold_row(row.expected_answer, lenient=True))
+            found = second if second.reward else found
+        if not self.asks_judge(found):
             return found
         status, said = await self.judge.ask(row.question, row.expected_answer, found.extracted_answer)
         reason = "the judge gave no verdict" if status == "judge_failed" else None
@@ -437,8 +446,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge-deadline", type=between(0.05, 3_600), default=30.0, help="seconds for both questions to the judge")
     add("--exit-with-parent", action="store_true", help="end when the parent process is gone")
     args = parser.parse_args(argv)
-    if args.judge_url and (args.verifier != "math" or not re.match(r"https?://[^/\s]", args.judge_url)):
-        parser.error("--judge-url must start with http:// or https:// and goes with the math verifier")
+    if args.judge_url and not re.match(r"https?://[^/\s]", args.judge_url):
+        parser.error("--judge-url must start with http:// or https://")
+    if args.verifier != "math" and (args.judge_url or args.extraction == "lenient"):
+        parser.error("--judge-url and --extraction lenient go with the math verifier")
     try:
         load_verifier(args.verifier)
     except ValueError as error:

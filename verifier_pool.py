@@ -60,12 +60,18 @@ class Verdict:
 
 
 def algebra(answer: str, row: dict[str, Any]) -> Verdict:
-    """The verifier "math" as its workers run it: the server extracts the answer and decides what needs no algebra."""
+    """The verifier "math" as its workers run it: the server extracts the answer and decides what needs no algebra.
+
+    Of a lenient row, `answer` is the whole response, which the server's rules have refused.
+    """
+    if row.get("lenient"):
+        found = math_verifier.second_opinion(row["expected_answer"], answer)
+        return Verdict(float(found is not None), "wrong" if found is None else "correct", found)
     try:
         equal = math_verifier.compare(row["expected_answer"], answer, algebra=True)
     except math_verifier.UnparsableGold:
         return Verdict(0.0, "unparsable_gold", answer)
-    return Verdict(float(bool(equal)), "correct" if equal else "wrong", answer)
+    return Verdict(float(equal), "correct" if equal else "wrong", answer)
 
 
 def load_verifier(name: str) -> Callable[[str, dict[str, Any]], Verdict | float]:

@@ -34,7 +34,7 @@ from environment import environment  # noqa: E402
 from hostile_answers import HOSTILE, box, code_answers  # noqa: E402
 
 import math_verifier  # noqa: E402
-from math_verifier import UnparsableGold  # noqa: E402
+from math_verifier import NeedsAlgebra, UnparsableGold  # noqa: E402
 from reward_server import verify  # noqa: E402
 
 VARIANTS = ROOT.parent / "shared" / "data" / "verifier" / "variants.jsonl"
@@ -129,9 +129,12 @@ def variants() -> dict[str, Any]:
 
 def _decided(row: dict[str, Any]) -> bool:
     try:
-        return math_verifier.compare(row["gold"], row["pred_answer"]) is not None
+        math_verifier.compare(row["gold"], row["pred_answer"])
+    except NeedsAlgebra:
+        return False
     except UnparsableGold:
-        return True
+        pass
+    return True
 
 
 class Server:

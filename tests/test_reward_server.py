@@ -31,6 +31,7 @@ from hostile_answers import HOSTILE, box, code_answers
 
 import reward_server
 import verifier_pool
+from verifier_pool import Verdict, WorkerPool
 
 pytestmark = pytest.mark.slow  # servers with their workers are started
 
@@ -273,12 +274,16 @@ def test_a_timeout_is_remembered_for_its_group(server: Server) -> None:
     assert server.metric("reward_server_worker_kills_total") == kills + 1
 
 
-def test_bearer_token() -> None:
-    with running(REWARD_SERVER_TOKEN="s3cret") as server:
-        body = {"items": []}
+def test_bearer_token_and_lenient_extraction(server: Server) -> None:
+    body = {"items": [{"text": "so we get 6 * 7 = 42", "expected_answer": "42"}]}
+    body["items"].append({"text": r"\boxed{10\%}", "expected_answer": "10"})  # for peers, 10
+    strict = server.request("POST", "/verify_batch", body)[2]["results"]
+    assert [result["status"] for result in strict] == ["no_answer", "wrong"]
+    with running("--extraction", "lenient", REWARD_SERVER_TOKEN="s3cret") as server:
         assert server.request("POST", "/verify_batch", body)[0] == 401
         assert server.request("POST", "/verify_batch", body, {"Authorization": "Bearer wrong"})[0] == 401
-        assert server.request("POST", "/verify_batch", body, {"Authorization": "Bearer s3cret"})[0] == 200
+        status, _, reply = server.request("POST", "/verify_batch", body, {"Authorization": "Bearer s3cret"})
+        assert (status, [result["status"] for result in reply["results"]]) == (200, ["correct", "correct"])
         assert server.request("GET", "/healthz")[0] == 200
         assert "s3cret" not in Path(f"/proc/{server.process.pid}/cmdline").read_text()
         for pid in descendants(server.process.pid):
@@ -658,6 +663,7 @@ def test_exit_with_parent(custom: Path) -> None:
         ["--verifier", "json.nope"],
         ["--verifier", "json.dumps", "--judge-url", "http://127.0.0.1:9"],
         ["--extraction", "none"],
+        ["--verifier", "json.dumps", "--extraction", "lenient"],
         ["--max-queue", "0"],
         ["--unknown"],
     ],
@@ -851,7 +857,7 @@ def hostile(text: str, row: dict) -> float:
 """
 
 
-def test_custom_verifier_sees_the_row(custom: Path) -> None:
+def test_custom_verifier_sees_the_row(custom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"options": ["red", "blue"], "right": 1, "responses_create_params": {"input": "?"}, "verifier": "none"}
     with running("--verifier", f"{custom}:choice", "--workers", "1") as server:
         assert [r["reward"] for r in server.batch(("blue", row), ("red", row), (" blue\n", row))] == [1.0, 0.0, 1.0]
@@ -861,17 +867,17 @@ def test_custom_verifier_sees_the_row(custom: Path) -> None:
         assert (reply["reward"], reply["status"], reply["right"]) == (1.0, "correct", 1)
         reply = server.request("POST", "/verify", nemo_request("blue", ""))[2]
         assert (reply["mask_sample"], reply["failure_reason"]) == (True, "KeyError: 'options'")
-    with running("--verifier", "custom.verdict", "--workers", "1", PYTHONPATH=str(custom.parent)) as server:
-        assert server.batch(("abc", "4")) == [{"reward": 0.5, "status": "correct", "extracted_answer": "abc"}]
+    monkeypatch.setenv("PYTHONPATH", str(custom.parent))
+    assert WorkerPool("custom.verdict", 1).run("abc", b"{}") == Verdict(0.5, "correct", "abc")
 
 
-def test_custom_verifier_is_confined(custom: Path, tmp_path: Path) -> None:
-    row = {"path": str(tmp_path / "created")}
+def test_custom_verifier_is_confined(custom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = json.dumps({"path": str(tmp_path / "created")}).encode()
     texts = ["sleep", "memory", "file", "program", "network", "death", "nan", "text", "secret"]
-    secrets = {"REWARD_SERVER_TOKEN": "", "HF_TOKEN": "secret"}
-    with running("--verifier", f"{custom}:hostile", "--workers", "1", "--deadline", "0.5", **secrets) as server:
-        results = server.batch(*[(text, row) for text in texts])
-        assert [result["status"] for result in results] == ["timeout"] * 8 + ["wrong"]
+    for secret in ("REWARD_SERVER_TOKEN", "HF_TOKEN"):
+        monkeypatch.setenv(secret, "secret")
+    pool = WorkerPool(f"{custom}:hostile", 1, deadline=0.5)
+    assert [pool.run(text, row).status for text in texts] == ["timeout"] * 8 + ["wrong"]
     assert not (tmp_path / "created").exists()
 
 
@@ -879,13 +885,6 @@ def test_verifier_of_the_docs(tmp_path: Path) -> None:
     match = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "verifier.md").read_text(), re.S)
     script = tmp_path / "my_rewards.py"
     script.write_text(match[1])
-    with running("--verifier", f"{script}:exact_match", "--workers", "1") as server:
-        results = server.batch(("so\n42", "42"), ("so\n42.0", "42"))
-        assert [(result["reward"], result["status"]) for result in results] == [(1.0, "correct"), (0.0, "wrong")]
-
-
-def test_extraction(server: Server) -> None:
-    item = ("so we get 6 * 7 = 42", "42")
-    assert server.batch(item)[0]["status"] == "no_answer"
-    with running("--extraction", "lenient") as lenient:
-        assert lenient.batch(item)[0]["status"] == "correct"
+    pool, row = WorkerPool(f"{script}:exact_match", 1), b'{"expected_answer": "42"}'
+    assert pool.run("so\n42", row) == Verdict(1.0, "correct", "42")
+    assert pool.run("so\n42.0", row) == Verdict(0.0, "wrong", "42.0")

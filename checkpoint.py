@@ -38,7 +38,6 @@ FILES = ("data.chat_template", "data.train_jsonl_fpath", "data.validation_jsonl_
 MAY_CHANGE = (
     "checkpointing.",
     "cluster.",
-    *FILES,
     "data.validation_sets",
     "env.judge_url",
     "env.reward_",
@@ -232,7 +231,8 @@ def check_compatible(now: dict[str, Any], saved: dict[str, Any], folder: Path, w
     """Raise ConfigError for the first of the settings that makes this another experiment than the one in `folder`."""
     before = saved["settings"]
     for name in sorted(now.keys() & before.keys()):
-        if now[name] != before[name] and not name.startswith(MAY_CHANGE):
+        may_change = name in FILES or name.startswith(MAY_CHANGE)
+        if now[name] != before[name] and not may_change:
             raise ConfigError(
                 f"{name} was {before[name]} and is {now[name]}: to continue '{folder}' set it back; to start anew "
                 "choose another checkpointing.checkpoint_dir"

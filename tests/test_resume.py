@@ -260,7 +260,6 @@ def test_other_data_and_another_model_are_refused(opened, base, warm_model, whol
         assert f": to continue '{whole}" in one_line(error)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -272,9 +271,10 @@ def test_other_data_and_another_model_are_refused(opened, base, warm_model, whol
         ("data.chat_template_kwargs.enable_thinking=false", "was {} and is {'enable_thinking': False}"),
     ],
 )
-def test_another_experiment_is_refused(opened, override, words):
+def test_another_experiment_is_refused(quickstart_overrides, tmp_path, override, words):
+    a_checkpoint(config_of(tmp_path, quickstart_overrides), 1)
     with pytest.raises(ConfigError) as error:
-        opened(override)
+        Checkpoints(config_of(tmp_path, quickstart_overrides, override))
     assert words in one_line(error)
     assert "to start anew choose another checkpointing.checkpoint_dir" in one_line(error)
 

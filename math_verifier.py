@@ -833,14 +833,16 @@ def second_opinion(gold: str, text: str) -> str | None:
     r"""The answer in a response if math-verify finds it right, else None: peers pay `10\%` for 10, or four decimals."""
     from math_verify import parse, verify
 
-    stated = extract_answer(text)
+    stated, text = extract_answer(text), after_reasoning(text).strip()
     answer = stated or extract_answer(text, lenient=True) or ""
     name, sign, _ = answer.partition("=")
-    if stated or sign or _bracketed(answer)[0]:  # neither what was said before nor a part is the answer
+    last_line = text.rpartition("\n")[2]
+    if last_line.count("\\boxed") > 1:
+        text = last_line
+    elif stated or sign or answer.startswith(("(", "[")):  # neither what was said before nor a part is the answer
         if _MISREAD_BY_PEERS.search(answer) or (sign and not _is_name(name)):
             return None
         text = rf"\boxed{{{answer}}}"
-    text = after_reasoning(text)
     if _BROKEN_FORMULA.search(text):
         return None
     formula = gold if re.search(r"\$|\\boxed|\\[(\[]", gold) else f"${gold}$"
@@ -878,7 +880,6 @@ _EXPLICIT = _table(
     \*\*  ^
     \*  \\cdot~
     (?<![a-zA-Z\\])({_ELEMENTARY}|sqrt|pi)(?![a-zA-Z])  \\\1~
-    \\lg(?![a-zA-Z])  \\log_{{10}}
     ∞  \\infty~
     (?<!\\sqrt)\[  (
     (?<![\d}}])\{{([a-zA-Z])\}}(?=_)  \1

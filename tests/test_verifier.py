@@ -871,6 +871,7 @@ SECOND_OPINIONS = [
     ("Le prix est 2,74 $ par jour.", "2.74"),
     ("So there are **17** of them, the answer is 17 " + "and that is so. " * 300, "17"),
     (r"\boxed{(1, 2), (3, 4), (1, 2)}", "(1,2),(3,4)"),
+    (r"so $\boxed{(3, 3)} \text{ for (a) and } \boxed{(1, 1)}$", "(3,3),(1,1)"),
 ]
 
 
@@ -884,6 +885,7 @@ def test_lenient_pays_what_peers_pay(text: str, gold: str) -> None:
     ("text", "gold"),
     [
         (r"\boxed{5} is not right. Answer: 6", "5"),
+        (r"It is $\boxed{5}$, no, it is $\boxed{6}$.", "5"),
         (r"\boxed{5\text{ millions}}", "5"),
         (r"\boxed{8 = 7}", "7"),
         (r"<think> It is \boxed{42}. </think> I do not know.", "42"),

@@ -654,9 +654,7 @@ def compare(gold: str, answer: str, algebra: bool = False, depth: int = 0) -> bo
     if verdict is not None:
         return verdict
     if _may_be_sets(gold, answer):
-        if not algebra:
-            raise NeedsAlgebra
-        verdict = _same_set(gold, answer)
+        verdict = _same_set(gold, answer, algebra)
         if verdict is not None:
             return verdict
     gold_group, answer_group = parse_group(gold), parse_group(answer)
@@ -685,9 +683,7 @@ def _rounds(exact: str, note: str, rest: Rest) -> bool:
     printed, value = parse_number(note), parse_number(exact)
     if printed is None or units_differ(note_unit, exact_unit):
         return False
-    if value is None and not rest[0]:
-        raise NeedsAlgebra
-    value = _numeric_value(exact) if value is None else value
+    value = _numeric_value(exact, rest[0]) if value is None else value
     if value is None or value * printed < 0:
         return False
     scale = 10 ** len(re.sub(r"[^\d].*", "", note.partition(".")[2]))
@@ -787,10 +783,8 @@ def _compare_relations(
             return True
     if len(gold_sides) != 2:
         return False
-    if not rest[0]:
-        raise NeedsAlgebra
     differences = [f"({left})-({right})" for left, right in (gold_sides, answer_sides)]
-    return _proportional(*differences, gold_signs, answer_signs)
+    return _proportional(*differences, gold_signs, answer_signs, rest[0])
 
 
 def _compare_values(gold: str, answer: str, rest: Rest) -> bool:
@@ -807,9 +801,7 @@ def _compare_values(gold: str, answer: str, rest: Rest) -> bool:
         raise UnparsableGold(gold[:80])
     if _too_complex(answer):
         return False
-    if not rest[0]:
-        raise NeedsAlgebra
-    return _same_value(gold, answer)
+    return _same_value(gold, answer, rest[0])
 
 
 # -- Algebra: only in a process that can be killed --------------------------------------------------------------------
@@ -840,9 +832,8 @@ def second_opinion(gold: str, text: str) -> str | None:
     if last_line.count("\\boxed") > 1:
         text = last_line
     elif stated or sign or answer.startswith(("(", "[")):  # neither what was said before nor a part is the answer
-        if _MISREAD_BY_PEERS.search(answer) or (sign and not _is_name(name)):
-            return None
-        text = rf"\boxed{{{answer}}}"
+        refused = _MISREAD_BY_PEERS.search(answer) or (sign and not _is_name(name))
+        text = "" if refused else rf"\boxed{{{answer}}}"
     if _BROKEN_FORMULA.search(text):
         return None
     formula = gold if re.search(r"\$|\\boxed|\\[(\[]", gold) else f"${gold}$"
@@ -921,7 +912,9 @@ class _Reader:
     make a factor of a function that the gold calls f or applies twice, as in T(n - 1) + T(n - 2).
     """
 
-    def __init__(self, *texts: str):
+    def __init__(self, algebra: bool, *texts: str):
+        if not algebra:
+            raise NeedsAlgebra
         self.atoms: dict[str, str] = {}
         self.functions = set(self.only_applied(" ; ".join(texts)))
         applied = self.only_applied(texts[0])
@@ -1026,11 +1019,11 @@ def _parse(text: str) -> Any:
     return expr
 
 
-def _same_value(gold: str, answer: str) -> bool:
+def _same_value(gold: str, answer: str, algebra: bool) -> bool:
     """Whether two expressions are the same function: sympy looks for a point where they differ, then for a proof."""
+    gold_expr, answer_expr = _Reader(algebra, gold, answer).read_both(gold, answer)
     import sympy
 
-    gold_expr, answer_expr = _Reader(gold, answer).read_both(gold, answer)
     written = (sympy.oo, sympy.floor, sympy.ceiling)
     if answer_expr is None or gold_expr.has(*written) or answer_expr.has(*written):
         return answer_expr == gold_expr
@@ -1041,9 +1034,9 @@ def _same_value(gold: str, answer: str) -> bool:
     return difference.equals(0) is True
 
 
-def _same_set(gold: str, answer: str) -> bool | None:
+def _same_set(gold: str, answer: str, algebra: bool) -> bool | None:
     """Whether two texts name the same set of reals; None if one names none that can be read."""
-    reader = _Reader(gold, answer)
+    reader = _Reader(algebra, gold, answer)
     try:
         (gold_set, gold_names), (answer_set, answer_names) = reader.real_set(gold), reader.real_set(answer)
         same_names = not gold_names or not answer_names or gold_names == answer_names
@@ -1054,11 +1047,11 @@ def _same_set(gold: str, answer: str) -> bool | None:
         return None
 
 
-def _proportional(gold: str, answer: str, gold_sign: str, answer_sign: str) -> bool:
+def _proportional(gold: str, answer: str, gold_sign: str, answer_sign: str, algebra: bool) -> bool:
     """Whether `gold = 0` is `answer = 0` times a factor; of inequalities the factor's sign matters."""
+    gold_expr, answer_expr = _Reader(algebra, gold, answer).read_both(gold, answer)
     import sympy
 
-    gold_expr, answer_expr = _Reader(gold, answer).read_both(gold, answer)
     if answer_expr is None or gold_expr.free_symbols != answer_expr.free_symbols:
         return False
     if gold_sign == "=":  # y = 1/x and xy = 1
@@ -1069,7 +1062,7 @@ def _proportional(gold: str, answer: str, gold_sign: str, answer_sign: str) -> b
     return factor.is_number and factor.is_real is True and factor != 0 and gold_sign == answer_sign
 
 
-def _numeric_value(text: str) -> Fraction | None:
+def _numeric_value(text: str, algebra: bool) -> Fraction | None:
     """The value of a constant expression to 30 digits."""
-    value = _Reader(text).read_both(text, text)[0].evalf(30)
+    value = _Reader(algebra, text).read_both(text, text)[0].evalf(30)
     return Fraction(str(value)) if value.is_Float else None

@@ -240,9 +240,8 @@ class RewardServer:
 
     def is_final(self, found: Any) -> bool:
         """Whether neither a worker nor the judge has to be asked."""
-        if not isinstance(found, Verdict) or (self.lenient and not found.reward):
-            return False
-        return not self.asks_judge(found)
+        gets_second = self.lenient and isinstance(found, Verdict) and not found.reward
+        return isinstance(found, Verdict) and not gets_second and not self.asks_judge(found)
 
     def asks_judge(self, verdict: Verdict) -> bool:
         """Whether there is a judge, and something for it to say."""
@@ -446,10 +445,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge-deadline", type=between(0.05, 3_600), default=30.0, help="seconds for both questions to the judge")
     add("--exit-with-parent", action="store_true", help="end when the parent process is gone")
     args = parser.parse_args(argv)
-    if args.judge_url and not re.match(r"https?://[^/\s]", args.judge_url):
-        parser.error("--judge-url must start with http:// or https://")
-    if args.verifier != "math" and (args.judge_url or args.extraction == "lenient"):
-        parser.error("--judge-url and --extraction lenient go with the math verifier")
+    needs_math = args.judge_url or args.extraction == "lenient"
+    if (needs_math and args.verifier != "math") or not re.match(r"https?://[^/\s]", args.judge_url or "http://none"):
+        parser.error("--judge-url must start with http:// or https://; it and --extraction lenient verify math only")
     try:
         load_verifier(args.verifier)
     except ValueError as error:
@@ -469,9 +467,8 @@ def main(argv: list[str] | None = None) -> None:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, READ_SECONDS * 1_000)  # for replies nobody reads
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    judge = None
-    if args.judge_url:
-        judge = Judge(args.judge_url, args.judge_model, args.judge_deadline, os.environ.get("JUDGE_API_KEY"))
+    judge_key = os.environ.get("JUDGE_API_KEY")
+    judge = Judge(args.judge_url, args.judge_model, args.judge_deadline, judge_key) if args.judge_url else None
     token = os.environ.get("REWARD_SERVER_TOKEN") or None
     pool = WorkerPool(args.verifier, args.workers, args.deadline)
     app = RewardServer(pool, args.verifier, args.extraction == "lenient", args.max_queue, token, judge)

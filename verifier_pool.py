@@ -227,9 +227,9 @@ def confine() -> int:
     def audit(event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             raise PermissionError("workers do not write files")
-        if event.startswith(("os.", "subprocess.", "socket.", "shutil.", "ctypes.dl")):
-            if event not in ("os.listdir", "os.scandir", "os.walk"):
-                raise PermissionError(f"workers do not use {event}")
+        reads = event in ("os.listdir", "os.scandir", "os.walk")
+        if event.startswith(("os.", "subprocess.", "socket.", "shutil.", "ctypes.dl")) and not reads:
+            raise PermissionError(f"workers do not use {event}")
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MB << 20, MEMORY_MB << 20))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -907,6 +907,7 @@ def _written(atom: str) -> str:
 class _Reader:
     """Reads LaTeX of two texts with math-verify's parser, after spelling out what that parser would misread.
 
+    It is the one gate to algebra: without leave, NeedsAlgebra is raised before sympy is imported, which takes seconds.
     What is no elementary algebra becomes a symbol, the same one wherever it is written alike. A letter that stands only
     before brackets in both texts is a function: f in f(x) + f(y), but not h in h(a + b) - ah. The answer alone cannot
     make a factor of a function that the gold calls f or applies twice, as in T(n - 1) + T(n - 2).

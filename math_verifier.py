@@ -555,8 +555,7 @@ def _matrix(match: re.Match[str]) -> Group | None:
     rows = [[cell.strip() for cell in row.split("&")] for row in body.removesuffix("\\\\").split("\\\\")]
     if len({len(row) for row in rows}) != 1:
         return None
-    if power:
-        rows = [list(row) for row in zip(*rows, strict=True)]
+    rows = [list(row) for row in zip(*rows, strict=True)] if power else rows
     cells = tuple(f"({factor})({cell})" if factor else cell for row in rows for cell in row)
     return Group("matrix", cells, len(rows[0]))
 
@@ -1027,10 +1026,9 @@ def _vanishes(expr: Any, point: dict[Any, Any]) -> bool | None:
         parts = value.as_real_imag() if value.is_number else (value,)
         if not all(part.is_Number and part.is_finite for part in parts):
             return None
-        if any(part != 0 and part._prec > 1 for part in parts):
-            return False
-        if all(abs(part) < 1e-50 for part in parts):
-            return True
+        differs = any(part != 0 and part._prec > 1 for part in parts)
+        if differs or all(abs(part) < 1e-50 for part in parts):
+            return not differs
     return None
 
 
@@ -1043,8 +1041,8 @@ def _same_value(gold: str, answer: str, algebra: bool) -> bool:
     if answer_expr is None or gold_expr.has(*written) or answer_expr.has(*written):
         return answer_expr == gold_expr
     difference = gold_expr - answer_expr
-    if difference.has(sympy.log) and not difference.has(sympy.Abs):  # log(ab) = log a + log b where it is real
-        difference, _ = sympy.posify(difference)
+    splits = difference.has(sympy.log) and not difference.has(sympy.Abs)  # log(ab) = log a + log b where it is real
+    difference = sympy.posify(difference)[0] if splits else difference
     sympy.core.random.seed(0)  # the same verdict every time
     names = sorted(difference.free_symbols, key=str)
     points = [{name: sympy.Rational(7 * index + 3, scale) for index, name in enumerate(names)} for scale in (11, 2)]

@@ -73,17 +73,19 @@ def test_no_ray_is_one_line(quickstart_overrides, monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def beside_old_ray() -> tuple[list[str], str, list[str]]:
+def beside_old_ray(tmp_path_factory) -> tuple[list[str], str, list[str]]:
     """What WITH_RAY prints on a machine where an earlier `ray start` was left running, and that Ray's address; and what
     REFUSED prints that tries to join it, and then to start one with an object store of a megabyte."""
-    mark = f"test {os.getpid()}"
+    mark, token = f"test {os.getpid()}", tmp_path_factory.mktemp("ray") / "token"
+    token.write_text("of the old Ray, which refuses those that do not know it")
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     ray = Path(sys.executable).with_name("ray")
     subprocess.run(
         [ray, "start", "--head", "--port=0", "--include-dashboard=false", "--num-cpus=1"],
         check=True,
         capture_output=True,
         timeout=600,
-        env=os.environ | {"LEFT_BY": mark},
+        env=os.environ | secret | {"LEFT_BY": mark},
     )
     old = []
     try:
@@ -97,7 +99,7 @@ def beside_old_ray() -> tuple[list[str], str, list[str]]:
         small = {"RAY_ADDRESS": address, "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "1000000"}
         refused = subprocess.run(
             [sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=600, cwd=ROOT, check=True,
-            env=os.environ | small,
+            env=os.environ | secret | small,
         )  # fmt: skip
     finally:
         for process in old:

@@ -100,6 +100,7 @@ def somebody_elses_server():
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):  # noqa: N802 - the name that http.server looks for
             self.rfile.read(int(self.headers["Content-Length"]))
+            self.server.may_answer.wait(60)
             self.reply(*self.server.answer)
 
         def reply(self, code, body):
@@ -112,7 +113,8 @@ def somebody_elses_server():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.answer = 200, '{"results": []}'
+    server.answer, server.may_answer = (200, '{"results": []}'), threading.Event()
+    server.may_answer.set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server, RewardClient(Env(reward_url=f"http://127.0.0.1:{server.server_port}"), ".")
     server.shutdown()
@@ -139,6 +141,20 @@ def test_what_a_server_may_answer(somebody_elses_server, verdict, status):
     (found,) = client.submit(["x"], {"expected_answer": "4"}).result(timeout=60)
     assert found["status"] == status
     assert (status in VERIFIED) == (status == "correct")
+
+
+def test_a_server_in_trouble_gives_no_false_zero(somebody_elses_server):
+    """It answers 500, and later than the deadline allows."""
+    server, client = somebody_elses_server
+    server.answer = 500, "no"
+    (found,) = client.submit(["x"], {"expected_answer": "4"}).result(timeout=60)
+    assert found["status"] == "unreachable"
+    server.answer = 200, '{"results": [{"reward": 1.0, "status": "correct"}]}'
+    server.may_answer.clear()
+    client.cfg.reward_timeout_s = 0.1
+    (found,) = client.submit(["x"], {"expected_answer": "4"}).result(timeout=60)
+    server.may_answer.set()
+    assert found["status"] == "unreachable"
 
 
 @pytest.mark.parametrize("code", [401, 404, 422])

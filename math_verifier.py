@@ -1045,7 +1045,8 @@ def _same_value(gold: str, answer: str, algebra: bool) -> bool:
     difference = sympy.posify(difference)[0] if splits else difference
     sympy.core.random.seed(0)  # the same verdict every time
     names = sorted(difference.free_symbols, key=str)
-    points = [{name: sympy.Rational(7 * index + 3, scale) for index, name in enumerate(names)} for scale in (11, 2)]
+    scales = (11, 2) if names else (1,)
+    points = [{name: sympy.Rational(7 * index + 3, scale) for index, name in enumerate(names)} for scale in scales]
     same = [_vanishes(difference, point) for point in points]
     return False not in same and (difference.equals(0) if names else same[0]) is True
 

@@ -820,10 +820,15 @@ WARM_UP = [
 _MISREAD_BY_PEERS = re.compile(r"\\(?:text|partial|infty)|(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{2}")
 
 
+def _refuse(text: str) -> None:
+    raise ValueError(f"{text!r} is not evaluated")
+
+
 def second_opinion(gold: str, text: str) -> str | None:
     r"""The answer in a response if math-verify finds it right, else None: peers pay `10\%` for 10, or four decimals."""
-    from math_verify import parse, verify
+    from math_verify import parse, parser, verify
 
+    parser.parse_expr_cached = _refuse  # it would let sympy evaluate sums; numerals and LaTeX are read without
     stated, text = extract_answer(text), after_reasoning(text).strip()
     answer = stated or extract_answer(text, lenient=True) or ""
     name, sign, _ = answer.partition("=")

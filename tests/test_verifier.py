@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sympy.parsing.sympy_parser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from hostile_answers import HOSTILE
 from verdict_pairs import pairs
 
+import math_verifier
 import reward_server
 from math_verifier import extract_answer, normalise, parse_number
 from reward_server import Verdict, exact_verdict, verify
@@ -1057,3 +1059,18 @@ def test_variants() -> None:
     right = sum(row["expected"] == pays for row, pays in zip(rows, paid, strict=True))
     assert false_positives == []
     assert right / len(rows) >= 0.998
+
+
+def test_nothing_but_numerals_is_evaluated(monkeypatch) -> None:
+    """Math-verify would read plain sums with sympy's `parse_expr`; to sympy's numbers their digits go through it."""
+    evaluated, evaluate = [], sympy.parsing.sympy_parser.eval_expr
+
+    def listen(code, *given):
+        evaluated.append(str(code))
+        return evaluate(code, *given)
+
+    monkeypatch.setattr(sympy.parsing.sympy_parser, "eval_expr", listen)
+    for text in ("1 + 1", "the answer is 1+1.", "final answer is: (1 + 1)", r"\boxed{1 + 1.5}", "$1 + 1$"):
+        math_verifier.second_opinion("2", text)
+    assert evaluated
+    assert [code for code in evaluated if not re.fullmatch(r"(Integer|Float) \('?[\d.]+'? \)", code)] == []

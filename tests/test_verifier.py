@@ -922,6 +922,7 @@ GOLDS = [
 GOLDS += [r"2\sqrt{3}", r"10\pi", r"\frac{\sqrt{5}}{2}", "x^2 + 2x", "3t - 5", "1, -2", "2, 3, 11"]
 
 
+@pytest.mark.slow
 def test_generated_near_misses_and_rewritings() -> None:
     rows = list(pairs(GOLDS, seed=1, rounds=2))
     verdicts = _verify_all((text, gold) for _, gold, text, _ in rows)
@@ -955,6 +956,7 @@ def test_verify_from_threads() -> None:
     assert all(verdict.reward == 1.0 for verdict in verdicts)
 
 
+@pytest.mark.slow
 def test_verify_after_fork() -> None:
     verify(r"\boxed{x+x}", "2x")
     pid = os.fork()
@@ -974,6 +976,7 @@ def test_import_starts_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_script_without_main_guard(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("from reward_server import verify\nprint(verify(r'\\boxed{\\sqrt{8}}', r'2\\sqrt{2}').reward)\n")
@@ -1040,6 +1043,7 @@ def test_fuzz_spellings_of_integers(value: int) -> None:
         assert _ask(str(value), wrong).reward == 0.0, wrong
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REPORTS.exists(), reason="../shared/data/verifier/reported_cases.jsonl is not on this machine")
 def test_public_reports() -> None:
     rows = [row for row in map(json.loads, REPORTS.read_text().splitlines()) if not row["contested"]]
@@ -1050,6 +1054,7 @@ def test_public_reports() -> None:
     assert len(wrong) <= 0.01 * len(rows), wrong
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not VARIANTS.exists(), reason="../shared/data/verifier/variants.jsonl is not on this machine")
 def test_variants() -> None:
     rows = [json.loads(line) for line in VARIANTS.read_text().splitlines()][::6]  # benchmarks/verdicts.py takes all

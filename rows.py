@@ -101,6 +101,8 @@ class Rows:
                 )
             self.rows.append(row)
             self.prompt_ids.append(ids)
+        if not self.rows:
+            raise ConfigError(f"{path} has no rows; make some with prepare_data.py")
 
     def __len__(self) -> int:
         return len(self.rows)

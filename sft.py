@@ -6,13 +6,16 @@ prepare_data.py keeps for GSM8K, MATH and arithmetic. Each checkpoint is a Huggi
 train_grpo.py. Keys of sampling and rewards do nothing. The same command continues, as there.
 """
 
+import math
+from contextlib import suppress
+
 import numpy as np
 import ray
 import torch
 
 from checkpoint import Checkpoints, Position
 from config import Config, ConfigError
-from launch import Stopped, StopRequests, check_before_start, read_config, run_main, start_ray
+from launch import RunError, Stopped, StopRequests, check_before_start, read_config, run_main, start_ray
 from logger import Logger
 from model import Sequences
 from policy import Policy
@@ -75,6 +78,11 @@ def train(cfg: Config) -> None:
             trained = sum(map(len, batch.response_ids))
             with log.phase("train"):
                 metrics = policy.update(batch, negative_log_likelihood, {"num_tokens": trained}, log.trace_file(0))
+            if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+                raise RunError(
+                    f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}: not finite; the "
+                    "weights were not changed by it, checkpoints are intact"
+                )
             metrics |= policy.memory() | {"total_tokens": trained + sum(map(len, batch.prompt_ids))}
             print(f" • loss {metrics['loss']:.4f}   grad_norm {metrics['grad_norm']:.3f}   lr {metrics['lr']:.1e}")
             log.end_step(metrics, [], lambda _: {})
@@ -85,6 +93,10 @@ def train(cfg: Config) -> None:
         log.summary(checkpoints.last_saved(), data.validation_jsonl_fpath or data.train_jsonl_fpath)
     except Stopped:
         checkpoints.save_unsaved(policy, finished, log.wandb_id)
+        raise
+    except Exception:
+        with suppress(Exception):  # what is being written may still be fine
+            checkpoints.wait(policy)
         raise
     finally:
         log.close()

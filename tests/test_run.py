@@ -268,7 +268,7 @@ def test_chat_templates(arithmetic_rows, tiny_model, tmp_path):
         load_tokenizer(str(tmp_path / "base"))
 
 
-def test_prompts_without_room_and_missing_files(arithmetic_rows, tiny_model):
+def test_prompts_without_room_and_missing_or_empty_files(arithmetic_rows, tiny_model, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -276,6 +276,9 @@ def test_prompts_without_room_and_missing_files(arithmetic_rows, tiny_model):
         Rows(f"{arithmetic_rows}/train.jsonl", tokenizer, 8)
     with pytest.raises(ConfigError, match="make them with prepare_data.py"):
         Rows("nowhere.jsonl", tokenizer, 8)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match=r"empty\.jsonl has no rows; make some with prepare_data\.py"):
+        Rows(f"{tmp_path}/empty.jsonl", tokenizer, 8)
 
 
 def test_batches_cover_each_epoch_once_in_its_own_order(arithmetic_rows, tiny_model):

@@ -275,7 +275,7 @@ class PolicyWorker(WeightSender):
         for name, w in self.offered.items():
             whole = full(w, self.device, self.dtype)
             if self.rank == 0:
-                weights[name] = whole.to("cpu", copy=True)
+                weights[name] = whole.to("cpu", self.dtype, copy=True)
         self._writing = self._writer.submit(self._write, folder, state, weights, publish)
 
     def _write(self, folder: str, state: dict, weights: dict, publish: Callable[[], None]) -> tuple[str | None, float]:

@@ -47,11 +47,14 @@ def split_into_buckets(weights: dict[str, torch.Tensor], itemsize: int) -> Bucke
 
 
 def full(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The whole of a weight that may be sharded over the ranks; then all of them must call this alike."""
-    weight = weight.detach().to(device, dtype)
+    """The whole of a weight that may be sharded over the ranks; then all of them must call this alike, and it is
+    `dtype`'s already, since that halves what travels."""
+    weight = weight.detach()
     if not isinstance(weight, DTensor):
         return weight
-    return weight.full_tensor() if weight.device_mesh.size() > 1 else weight.to_local()
+    if weight.device_mesh.size() == 1:
+        return weight.to_local()
+    return weight.to(device, dtype).full_tensor()
 
 
 class Refitting:
@@ -110,10 +113,11 @@ class WeightSender(Refitting):
     @torch.no_grad()
     def flat_bucket(self, index: int) -> torch.Tensor:
         """Bucket `index` as one flat tensor. Gathers sharded weights, so all ranks must call it alike."""
-        sizes = [shape.numel() for _, shape in self.buckets[index]]
+        names, shapes = zip(*self.buckets[index], strict=True)
+        sizes = [shape.numel() for shape in shapes]
         flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
-        for place, (name, _) in zip(flat.split(sizes), self.buckets[index], strict=True):
-            place.copy_(full(self.offered[name], self.device, self.dtype).reshape(-1))
+        places = [place.view(shape) for place, shape in zip(flat.split(sizes), shapes, strict=True)]
+        torch._foreach_copy_(places, [full(self.offered[name], self.device, self.dtype) for name in names])
         return flat
 
     def weight_bucket(self, index: int, by: Route, readers: int) -> Any:

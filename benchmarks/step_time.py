@@ -40,6 +40,7 @@ GEOMETRIES = {
     "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936, True),
     "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151936, True),
     "qwen3-4b": (2560, 9728, 36, 32, 8, 128, 151936, True),
+    "qwen3-8b": (4096, 12288, 36, 32, 8, 128, 151936, False),
 }
 NO_CHECKPOINTING = [
     "policy.dtensor_cfg.activation_checkpointing=false",
@@ -49,11 +50,12 @@ TWO_ENGINES = [  # a GPU: they share out vLLM's Python; each with KV cache for h
     "policy.generation.engines_per_gpu=2", "policy.generation.vllm_cfg.kv_cache_memory_bytes=11274289152",
 ]  # fmt: skip
 AWAKE = ["policy.generation.colocated.sleep=false"]  # memory given back to an engine has to be asked for again
-SETTINGS = {  # what fits one H100 (qwen3-4b: one H200); further overrides come after these
+SETTINGS = {  # what fits one H100 (qwen3-4b: one H200, qwen3-8b: two); further overrides come after these
     "tiny": ["policy.sequence_packing.train_mb_tokens=1024"],
     "qwen3-0.6b": [*NO_CHECKPOINTING, *TWO_ENGINES, *AWAKE, "policy.sequence_packing.train_mb_tokens=17408"],
     "qwen3-1.7b": [*NO_CHECKPOINTING, *TWO_ENGINES, "policy.sequence_packing.train_mb_tokens=12288"],
     "qwen3-4b": ["policy.dtensor_cfg.reshard_after_forward=false", "policy.sequence_packing.train_mb_tokens=16384"],
+    "qwen3-8b": ["policy.sequence_packing.train_mb_tokens=16384"],
 }
 COMPILED = ["policy.dtensor_cfg.compile_layers=true"]
 KEYS = {  # name of a result: metric of train_grpo.py

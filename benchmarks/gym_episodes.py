@@ -14,6 +14,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,8 +29,25 @@ from gym import plain  # noqa: E402
 
 GYM_PYTHON = os.environ.get("GYM_PYTHON", str(ROOT / ".venv-gym" / "bin" / "python"))
 CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "sf"}}</tool_call>'
-FOLDERS = {"weather": "example_single_tool_call", "turns": "example_multi_turn_gymnasium"}
+FOLDERS = {"weather": "example_single_tool_call", "turns": "example_multi_turn_gymnasium", "blackjack": "blackjack"}
 METRICS = ("reward", "gen_kl_error", "grad_norm", "mean_turns", "num_tool_calls", "num_masked_tokens", "num_unverified")
+
+
+@contextmanager
+def gym_servers(log: Path) -> Iterator[tuple[dict[str, str], str]]:
+    """Gym's servers while the block runs: their urls by name, and the address where they look for the policy."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    servers = [GYM_PYTHON, str(ROOT / "tests" / "gym_servers.py"), f"http://{address}/v1"]
+    pipe = subprocess.PIPE
+    with log.open("w") as said, subprocess.Popen(servers, text=True, stdin=pipe, stdout=pipe, stderr=said) as process:
+        try:
+            urls = next((line for line in process.stdout if line.startswith("{")), None)
+            if urls is None:
+                sys.exit(f"error: Gym's servers did not start: {log.read_text()[-2000:]}")
+            yield json.loads(urls), address
+        finally:
+            process.kill()
 
 
 def example_rows(environment: str) -> list[dict]:
@@ -104,23 +123,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--results", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    servers = [GYM_PYTHON, str(ROOT / "tests" / "gym_servers.py"), f"http://{address}/v1"]
     results = {"environment": environment()}
     print(f"| environment | step | {' | '.join(METRICS)} | generate s |\n|---|---|{'---|' * (len(METRICS) + 1)}")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(servers, text=True, **pipes) as process:
-        try:
-            urls = json.loads(next(line for line in process.stdout if line.startswith("{")))
-            for name in FOLDERS:
-                with tempfile.TemporaryDirectory() as folder:
-                    results[name] = train(name, urls, address, Path(folder), args.steps)
-                for m in results[name]:
-                    values = " | ".join(f"{m[key]:.3g}" if key in m else "-" for key in METRICS)
-                    print(f"| {name} | {m['step']} | {values} | {m['time/generate_s']:.2f} |", flush=True)
-        finally:
-            process.kill()
+    with tempfile.TemporaryDirectory() as logs, gym_servers(Path(logs, "gym.txt")) as (urls, address):
+        for name in ("weather", "turns"):
+            with tempfile.TemporaryDirectory() as folder:
+                results[name] = train(name, urls, address, Path(folder), args.steps)
+            for m in results[name]:
+                values = " | ".join(f"{m[key]:.3g}" if key in m else "-" for key in METRICS)
+                print(f"| {name} | {m['step']} | {values} | {m['time/generate_s']:.2f} |", flush=True)
     if args.results:
         args.results.write_text(json.dumps(results, indent=1) + "\n")
 

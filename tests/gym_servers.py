@@ -33,6 +33,8 @@ def servers(model_urls: list[str]) -> dict[str, tuple[str, str, dict]]:
         "turns": ("resources_servers", "example_multi_turn_gymnasium", {}),
         "turns_agent": ("responses_api_agents", "gymnasium_agent", agent("turns", max_steps=5)),
         "weather": ("resources_servers", "example_single_tool_call", {}),
+        "blackjack": ("resources_servers", "blackjack", {}),
+        "blackjack_agent": ("responses_api_agents", "gymnasium_agent", agent("blackjack", max_steps=5)),
         "weather_agent": ("responses_api_agents", "simple_agent", agent("weather", max_steps=4)),
     }
 
@@ -63,6 +65,7 @@ def main() -> None:
     async def serve() -> None:
         urls = {name: f"http://127.0.0.1:{sock.getsockname()[1]}" for name, sock in sockets.items()}
         os.write(1, json.dumps(urls).encode() + b"\n")  # Gym puts names before what is printed
+        os.dup2(2, 1)  # nobody reads further lines, and a pipe that is full would hold up the servers
         await asyncio.gather(*(s.serve([sock]) for s, sock in zip(found, sockets.values(), strict=True)))
 
     asyncio.run(serve())

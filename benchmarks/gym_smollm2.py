@@ -11,7 +11,6 @@ OUTPUT_FOLDER gets environment.json, console.txt, metrics.jsonl, episodes of eac
 import argparse
 import json
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,18 +77,17 @@ def main() -> None:
         Path(folder, "rows.jsonl").write_text("".join(json.dumps(row(rng)) + "\n" for _ in range(ROWS)))
         command = [
             sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "recipes" / "smollm2-arithmetic.yaml"),
-            f"policy.model_name={args.model.resolve()}", f"data.train_jsonl_fpath={folder}/rows.jsonl",
-            "data.validation_jsonl_fpath=null", "checkpointing.enabled=false", f"logger.log_dir={folder}/logs",
+            f"policy.model_name={args.model.resolve()}", f"logger.log_dir={args.output.resolve()}",
+            f"data.train_jsonl_fpath={folder}/rows.jsonl", "data.validation_jsonl_fpath=null",
             f"env.gym_url={urls[args.environment + '_agent']}", f"env.gym_model_address={address}",
-            "grpo.num_prompts_per_step=8", "policy.train_global_batch_size=128", "grpo.max_num_steps=50",
-            "grpo.max_num_epochs=1", "policy.max_total_sequence_length=1024", "policy.generation.max_new_tokens=16",
-            "policy.scheduler.warmup_steps=0", "policy.dtensor_cfg.compile_layers=false",
+            "checkpointing.enabled=false", "grpo.num_prompts_per_step=8", "policy.train_global_batch_size=128",
+            "grpo.max_num_steps=50", "grpo.max_num_epochs=1", "policy.optimizer.lr=1e-5",
+            "policy.scheduler.warmup_steps=5", "policy.dtensor_cfg.compile_layers=false",
+            "policy.max_total_sequence_length=1024", "policy.generation.max_new_tokens=16",
             "policy.generation.engines_per_gpu=2", "policy.generation.vllm_cfg.enforce_eager=true", *overrides,
         ]  # fmt: skip
         with (args.output / "console.txt").open("w") as console:
             code = subprocess.run(command, stdout=console, stderr=subprocess.STDOUT, cwd=folder).returncode
-        for kept in Path(folder, "logs").glob("*.jsonl"):
-            shutil.copy(kept, args.output)
     print((args.output / "console.txt").read_text()[-3000:])
     sys.exit(code)
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.environment import environment  # noqa: E402 - the scripts lie beside this folder
 from benchmarks.gym_episodes import example_rows, gym_servers  # noqa: E402
 
-ROWS = 400  # 50 steps of 8
+ROWS = 800  # 50 steps of 16
 VALUES = {**{str(n): n for n in range(2, 11)}, "J": 10, "Q": 10, "K": 10}  # without the ace, which counts 1 or 11
 
 
@@ -81,7 +81,7 @@ def main() -> None:
             f"data.train_jsonl_fpath={folder}/rows.jsonl", "data.validation_jsonl_fpath=null",
             f"env.gym_url={urls[args.environment + '_agent']}", f"env.gym_model_address={address}",
             "checkpointing.enabled=false", "grpo.num_prompts_per_step=8", "policy.train_global_batch_size=128",
-            "grpo.max_num_steps=50", "grpo.max_num_epochs=1", "policy.optimizer.lr=1e-5",
+            "grpo.max_num_steps=50", "grpo.max_num_epochs=1", "policy.optimizer.lr=2e-5",
             "policy.scheduler.warmup_steps=5", "policy.dtensor_cfg.compile_layers=false",
             "policy.max_total_sequence_length=1024", "policy.generation.max_new_tokens=16",
             "policy.generation.engines_per_gpu=2", "policy.generation.vllm_cfg.enforce_eager=true", *overrides,

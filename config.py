@@ -202,6 +202,7 @@ class Data:
 class Env:
     reward_url: str | None = key(None, "a running reward server; null starts one on this node")
     verifier: str = key("math", "math, or a function of (text, row) of your own: module.function or file.py:function")
+    extraction: str = key("strict", "lenient: take what is not boxed, too", among="strict lenient")
     reward_workers: int = key(2, "worker processes of the reward server we start", least=1)
     reward_timeout_s: float = key(60.0, "deadline of one request to the reward server", above=0)
     should_use_judge: bool = key(False, "let an LLM judge the answers that the rules reject")

@@ -159,7 +159,7 @@ def configure(args: argparse.Namespace, tokens: int) -> Config:
         vllm_cfg=VllmCfg(max_model_len=length, kv_cache_memory_bytes=cache_bytes, enforce_eager=not gpus),
         colocated=Colocated(sleep=False),
     )
-    env = Env(reward_url=args.reward_url, reward_workers=os.cpu_count() or 2)
+    env = Env(reward_url=args.reward_url, extraction=args.extraction, reward_workers=os.cpu_count() or 2)
     env.gym_url, env.gym_model_address, env.episode = args.gym_url, args.gym_model_address, args.episode
     return Config(
         policy=PolicyCfg(model_name=args.model, precision=precision, max_total_sequence_length=length, generation=gen),
@@ -254,6 +254,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engines", type=int, help="vLLM engines (default: one per GPU, one on the CPU)")
     parser.add_argument("--kv-cache-gib", type=float, help="KV cache of an engine (default: share of the GPU; CPU: 1)")
     parser.add_argument("--reward-url", help="a running reward server; default: start one")
+    parser.add_argument("--extraction", choices=["strict", "lenient"], default="strict", help="lenient: as peers grade")
     parser.add_argument("--gym-url", help="play whole episodes of NeMo Gym, as env.gym_url in training (docs/gym.md)")
     parser.add_argument("--gym-model-address", default=Env.gym_model_address, help="as env.gym_model_address")
     parser.add_argument("--episode", help="play episodes of your own, as env.episode in training")

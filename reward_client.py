@@ -107,7 +107,7 @@ class RewardClient:
     def _start(self) -> None:
         script = Path(__file__).with_name("reward_server.py")
         command = [sys.executable, str(script), "--port", "0", "--workers", str(self.cfg.reward_workers)]
-        command += ["--verifier", self.cfg.verifier, "--exit-with-parent"]
+        command += ["--verifier", self.cfg.verifier, "--extraction", self.cfg.extraction, "--exit-with-parent"]
         command += ["--judge-url", self.cfg.judge_url] if self.cfg.should_use_judge else []
         already = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:

@@ -78,7 +78,7 @@ def main() -> None:
         worker.setup(f"127.0.0.1:{port}")
         shape = Shape.of(model)
     if not args.cpu:
-        worker.warm_up(WARM_UP_TOKENS, logprobs=False)
+        worker.warm_up(WARM_UP_TOKENS)
     vocabulary = shape.head_weights // shape.hidden
     batch = random_batch(args.sequences, args.prompt_tokens, args.answer_tokens, vocabulary, args.group)
     counts = {"num_valid_tokens": float(args.sequences * args.answer_tokens), "num_valid_sequences": args.sequences}

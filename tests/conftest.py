@@ -163,6 +163,55 @@ def begin(started, base, tmp_path):
     return with_settings
 
 
+# ---------------------------------------------------------------- a run of the script
+
+
+def overrides(base: list[str], model: Path, folder: Path, *more: str) -> list[str]:
+    paths = [f"logger.log_dir={folder}/logs", f"checkpointing.checkpoint_dir={folder}/checkpoints"]
+    return [*base, f"policy.model_name={model}", *paths, *more]
+
+
+def run_script(given: list[str], folder: Path) -> str:
+    script = [sys.executable, str(ROOT / "train_grpo.py"), "--config", str(RECIPE)]
+    done = subprocess.run([*script, *given], capture_output=True, text=True, timeout=600, cwd=folder)
+    assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def two_ranks(arithmetic_rows, tmp_path_factory) -> list[str]:
+    """Two ranks and engines. Few rows and dynamic sampling: the position in the data is not the step, and runs cross
+    epochs. The second validation row has an answer that nobody can read.
+    """
+    folder = tmp_path_factory.mktemp("few")
+    rows = folder / "train.jsonl"
+    rows.write_text("".join((arithmetic_rows / "train.jsonl").read_text().splitlines(keepends=True)[:32]))
+    validation = [json.loads(line) for line in (arithmetic_rows / "validation.jsonl").open()]
+    validation[1]["expected_answer"] = "}{"
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in validation))
+    return [
+        "grpo.num_prompts_per_step=8", "grpo.num_generations_per_prompt=8",
+        f"data.train_jsonl_fpath={rows}", f"data.validation_jsonl_fpath={folder}/validation.jsonl",
+        "cluster.cpu_ranks_per_node=2",
+        "grpo.val_period=2", "grpo.max_num_epochs=100", "grpo.num_val_generations_per_prompt=2",
+        "grpo.max_val_samples=3", "logger.num_val_samples_to_print=5",
+        "grpo.use_dynamic_sampling=true", "grpo.dynamic_sampling_max_gen_batches=2", "grpo.max_num_steps=6",
+        "policy.scheduler.warmup_steps=3", "checkpointing.save_period=1", "checkpointing.keep_top_k=null",
+        "logger.num_rollouts_to_save=-1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole(two_ranks, warm_model, tmp_path_factory) -> Path:
+    """All its steps without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "stdout").write_text(run_script(overrides(two_ranks, warm_model, folder), folder))
+    return folder
+
+
+# ---------------------------------------------------------------- what runs leave
+
+
 def weights(run: Any, folder: Path) -> dict[str, torch.Tensor]:
     """The policy's weights as a checkpoint has them."""
     from safetensors.torch import load_file

@@ -9,6 +9,7 @@ declared once, with type, default, meaning and range:
 `contradictions` what does not fit together.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -17,6 +18,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -331,10 +333,10 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     Raises ConfigError with a one-line message for an unknown key, a wrong type, a missing file or value, a value out
     of its range, and values that contradict each other.
     """
-    cfg = OmegaConf.structured(Config)
+    cfg = copy.deepcopy(_schema())
     for where, tree in [*_read_files(Path(path)), *map(_parse_override, overrides)]:
         with _one_line_errors(where):
-            cfg = OmegaConf.merge(cfg, tree)
+            cfg.merge_with(tree)
         for name in TEXT_KEYS:
             value = OmegaConf.select(tree, name, throw_on_resolution_failure=False)
             if not isinstance(value, str | None):  # such as 001, which YAML reads as the number 1
@@ -345,6 +347,11 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     for message in contradictions(loaded):
         raise ConfigError(message)
     return loaded
+
+
+@cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(Config)
 
 
 def _read_files(path: Path) -> list[tuple[str, DictConfig]]:

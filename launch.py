@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import ray
 import torch
+from ray._private.node import Node
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from config import GRPO, Config, ConfigError, help_text, load_config
@@ -159,9 +160,9 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for ten minutes
             ray.init(address=address, **options)
         else:
-            # "local" never joins a Ray that an earlier `ray start` left running. Ray starts a Python process for each
-            # CPU, which nothing here uses: it gets as many CPUs as the bundles ask for.
+            # "local" never joins a Ray that an earlier `ray start` left running.
             options |= {"num_cpus": cfg.num_bundles, "include_dashboard": False, "logging_level": "error"}
+            start_only_what_is_used()
             ray.init(address="local", **options)
     except (OSError, RuntimeError, ValueError) as e:
         where = f"at RAY_ADDRESS={address}: start it there, or unset RAY_ADDRESS" if address else "on this machine"
@@ -177,6 +178,15 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
             f"Free now: { {k: v for k, v in ray.available_resources().items() if k in bundle} }"
         )
     return placement
+
+
+def start_only_what_is_used() -> None:
+    """Let `ray.init` leave out what costs seconds and nothing here asks for; it has no options for that.
+
+    The server behind the dashboard, for which it waits, the autoscaler, what forwards logs, and a Python for each CPU.
+    """
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    Node.start_api_server = Node.start_monitor = Node.start_log_monitor = lambda *_, **__: None
 
 
 def nodes_with(bundle: dict[str, int], ranks: int, cfg: Config) -> list[str]:
@@ -205,14 +215,15 @@ class Actors:
         bundles: list[int],
         gpus: float,
         gpu_env: dict[str, str],
+        cpu_env: dict[str, str],
     ):
         """An actor of class `worker` in each of `bundles`, with its `arguments`, and with `gpus` GPUs if there are any.
 
-        `gpu_env`: environment variables there. On a CPU each gets its share of the cores.
+        `gpu_env`, `cpu_env`: environment variables there. On a CPU each gets its share of the cores.
         """
         self.timeout_s, self.on_gpu = cfg.cluster.timeout_s, cfg.device == "cuda"
         threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
-        cpu_env = {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        cpu_env |= {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         # Threads that spin while they wait for others cost a step eight times its time once anything else runs here.
         cpu_env |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
         actor = ray.remote(worker)
@@ -286,6 +297,7 @@ def run_main(function: Callable[[], Any]) -> None:
     0: finished. 1: error. 85: stopped as `StopRequests` says, to be continued by the same command. (130 and 143, by a
     second signal, and 2, by argparse for bad usage, come from where they are raised.)
     """
+    torch.set_num_threads(1)  # a driver's tensors are small: threads would wait for each other longer than they compute
     try:
         function()
     except (ConfigError, RunError) as e:

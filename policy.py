@@ -403,7 +403,7 @@ class Policy(Actors):
         share = 0.5 if cfg.policy.generation.colocated.enabled else 1.0
         # This fusion in torch.compile guards on the number of tokens: some micro-batches would compile layers again.
         env = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"}
-        super().__init__(PolicyWorker, arguments, cfg, placement, cfg.policy_bundles, share, env)
+        super().__init__(PolicyWorker, arguments, cfg, placement, cfg.policy_bundles, share, gpu_env=env, cpu_env={})
         self._loss_fn: Callable | None = None
         self._loss_ref: ray.ObjectRef | None = None
 

@@ -53,6 +53,7 @@ class RolloutWorker(WeightReceiver):
         gc.disable()  # vLLM's import makes many objects that all stay; looking through them takes a second of seven
         from vllm import LLM
 
+        gc.freeze()  # vLLM itself asks for five more looks while it starts
         gc.enable()
         self.cfg, self.timeout_s = cfg, timeout_s
         self.device, self.dtype = torch.device(device), getattr(torch, cfg.precision)
@@ -244,7 +245,9 @@ class RolloutEngines(Actors):
             for i in range(len(bundles))
         ]
         share = (0.5 if colocated.enabled else 1.0) / cfg.policy.generation.engines_per_gpu
-        super().__init__(RolloutWorker, arguments, cfg, placement, bundles, share, {})
+        # On a CPU vLLM would compile a line of its sampler, for ten seconds on a new machine, and save nothing by it.
+        eager = {"TORCHDYNAMO_DISABLE": str(int(cfg.policy.generation.vllm_cfg.enforce_eager))}
+        super().__init__(RolloutWorker, arguments, cfg, placement, bundles, share, gpu_env={}, cpu_env=eager)
         self.cfg, self.sleeps = cfg, self.on_gpu and colocated.enabled and colocated.sleep
         self.route = route(cfg.device, colocated.enabled)
         self.policy: list[Any] = []

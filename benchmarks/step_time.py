@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,13 @@ def run(args: argparse.Namespace, overrides: list[str], work: Path) -> list[dict
     return [json.loads(line) for line in (work / "logs" / "metrics.jsonl").read_text().splitlines()]
 
 
+@cache
+def shape_of(model: str) -> Shape:
+    with tempfile.TemporaryDirectory() as folder:
+        model_config(model).save_pretrained(folder)
+        return Shape.of(folder)
+
+
 def recompute(path: Path) -> None:
     """Efficiency, MFU, MBU and tokens a second of the runs in `path`, with the present formulas; prints what changed.
 
@@ -147,9 +155,7 @@ def recompute(path: Path) -> None:
     """
     runs = json.loads(path.read_text())
     for r in runs:
-        with tempfile.TemporaryDirectory() as folder:
-            model_config(r["model"]).save_pretrained(folder)
-            shape = Shape.of(folder)
+        shape = shape_of(r["model"])
         apart = [o for o in r["overrides"] if o.startswith("policy.generation.colocated.")]
         machine = ["cluster.num_nodes=1", f"cluster.gpus_per_node={r['gpus']}"]
         cfg = load_config(str(ROOT / "config.yaml"), [*machine, "policy.dtensor_cfg.tensor_parallel_size=1", *apart])

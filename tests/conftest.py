@@ -21,6 +21,7 @@ hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one
 hypothesis.settings.load_profile("any machine")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+torch.set_num_threads(1)  # tensors are tiny here: threads wait for each other longer than they compute
 
 if not torch.cuda.is_available():  # Triton's interpreter runs the kernels in this process, which is settled on import
     os.environ["TRITON_INTERPRET"] = "1"
@@ -29,6 +30,16 @@ if not torch.cuda.is_available():  # Triton's interpreter runs the kernels in th
     import attention  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share the run `started` come last: from the first of them on Ray runs in this process.
+
+    Of test_failures.py the very last one leaves an engine behind that is dead.
+    """
+    sharing = [item for item in items if "started" in getattr(item, "fixturenames", ())]
+    others = [item for item in items if item not in sharing]
+    items[:] = others + sorted(sharing, key=lambda item: item.path.name, reverse=True)
 
 
 @pytest.fixture(scope="session")
@@ -101,13 +112,13 @@ BASE = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base(arithmetic_rows, warm_model) -> list[str]:
     data = [f"data.{split}_jsonl_fpath={arithmetic_rows}/{split}.jsonl" for split in ("train", "validation")]
     return [*BASE, *data, f"policy.model_name={warm_model}", "grpo.reward_shaping.enabled=false"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def started(base, tmp_path_factory) -> Iterator[tuple[Any, Path]]:
     """A run that has made no step yet, and a folder with its state; its processes serve several tests."""
     import ray
@@ -117,7 +128,8 @@ def started(base, tmp_path_factory) -> Iterator[tuple[Any, Path]]:
 
     folder = tmp_path_factory.mktemp("started")
     folders = [f"logger.log_dir={folder}", f"checkpointing.checkpoint_dir={folder}/checkpoints"]
-    run = start(load_config(RECIPE, [*base, *folders, "loss_fn.reference_policy_kl_penalty=0.001"]))
+    room = ["policy.max_total_sequence_length=256", "policy.sequence_packing.train_mb_tokens=8192"]
+    run = start(load_config(RECIPE, [*base, *folders, *room, "loss_fn.reference_policy_kl_penalty=0.001"]))
     (folder / "state").mkdir()
     run.policy.save(folder / "state", lambda: None)
     assert {error for error, _ in run.policy.wait_saved()} == {None}
@@ -128,7 +140,9 @@ def started(base, tmp_path_factory) -> Iterator[tuple[Any, Path]]:
 
 @pytest.fixture
 def begin(started, base, tmp_path):
-    """The run from its beginning, with other settings of what happens in the driver."""
+    """The run from its beginning, with other settings of what happens in the driver, or another learning rate."""
+    import ray
+
     from checkpoint import Position
     from config import load_config
     from logger import Logger
@@ -137,6 +151,8 @@ def begin(started, base, tmp_path):
 
     def with_settings(*overrides: str) -> Any:
         cfg = load_config(RECIPE, [*base, f"logger.log_dir={tmp_path}/logs", *overrides])
+        lr, rank = cfg.policy.optimizer.lr, run.policy.workers[0]
+        ray.get(rank.__ray_call__.remote(lambda actor: setattr(actor.cfg.optimizer, "lr", lr)), timeout=60)
         run.policy.load(state)
         run.engines.refit()
         batches = run.rows.number_of_batches(cfg.grpo.num_prompts_per_step, cfg.grpo.max_num_epochs)
@@ -145,6 +161,55 @@ def begin(started, base, tmp_path):
         return dataclasses.replace(run, cfg=cfg, log=Logger(cfg), num_batches=batches, last_step=steps, **fresh)
 
     return with_settings
+
+
+# ---------------------------------------------------------------- a run of the script
+
+
+def overrides(base: list[str], model: Path, folder: Path, *more: str) -> list[str]:
+    paths = [f"logger.log_dir={folder}/logs", f"checkpointing.checkpoint_dir={folder}/checkpoints"]
+    return [*base, f"policy.model_name={model}", *paths, *more]
+
+
+def run_script(given: list[str], folder: Path) -> str:
+    script = [sys.executable, str(ROOT / "train_grpo.py"), "--config", str(RECIPE)]
+    done = subprocess.run([*script, *given], capture_output=True, text=True, timeout=600, cwd=folder)
+    assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def two_ranks(arithmetic_rows, tmp_path_factory) -> list[str]:
+    """Two ranks and engines. Few rows and dynamic sampling: the position in the data is not the step, and runs cross
+    epochs. The second validation row has an answer that nobody can read.
+    """
+    folder = tmp_path_factory.mktemp("few")
+    rows = folder / "train.jsonl"
+    rows.write_text("".join((arithmetic_rows / "train.jsonl").read_text().splitlines(keepends=True)[:32]))
+    validation = [json.loads(line) for line in (arithmetic_rows / "validation.jsonl").open()]
+    validation[1]["expected_answer"] = "}{"
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in validation))
+    return [
+        "grpo.num_prompts_per_step=8", "grpo.num_generations_per_prompt=8",
+        f"data.train_jsonl_fpath={rows}", f"data.validation_jsonl_fpath={folder}/validation.jsonl",
+        "cluster.cpu_ranks_per_node=2",
+        "grpo.val_period=2", "grpo.max_num_epochs=100", "grpo.num_val_generations_per_prompt=2",
+        "grpo.max_val_samples=3", "logger.num_val_samples_to_print=5",
+        "grpo.use_dynamic_sampling=true", "grpo.dynamic_sampling_max_gen_batches=2", "grpo.max_num_steps=6",
+        "policy.scheduler.warmup_steps=3", "checkpointing.save_period=1", "checkpointing.keep_top_k=null",
+        "logger.num_rollouts_to_save=-1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole(two_ranks, warm_model, tmp_path_factory) -> Path:
+    """All its steps without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "stdout").write_text(run_script(overrides(two_ranks, warm_model, folder), folder))
+    return folder
+
+
+# ---------------------------------------------------------------- what runs leave
 
 
 def weights(run: Any, folder: Path) -> dict[str, torch.Tensor]:

@@ -1,18 +1,14 @@
-"""evaluate.py: its numbers against enumeration and by hand, and that a death in the middle changes no answer."""
+"""evaluate.py: its numbers against enumeration and by hand. test_run.py runs it on what training has saved."""
 
 import itertools
 import json
-import shutil
-import signal
 from fractions import Fraction
 from math import comb
 from pathlib import Path
 
 import pytest
-import ray
 from hypothesis import given
 from hypothesis import strategies as st
-from test_run import read
 
 from config import ConfigError
 from evaluate import (
@@ -168,55 +164,3 @@ def test_missing_files_are_one_line(tiny_model, arithmetic_rows, tmp_path):
         evaluate(parse_args(["--model", str(tmp_path / "nowhere"), "--data", rows]))
     with pytest.raises(ConfigError, match=r"^cannot read rows from 'nowhere' [^\n]*make them with prepare_data.py$"):
         evaluate(parse_args(["--model", str(tiny_model), "--data", "nowhere", "--output", str(tmp_path)]))
-
-
-# ---------------------------------------------------------------- the real script
-
-ROWS, K = 64, 8
-
-
-def options(model: Path, rows: Path, output: Path) -> list[str]:
-    given = ["--model", str(model), "--data", str(rows / "train.jsonl"), "--output", str(output)]
-    return [*given, "--k", str(K), "--limit", str(ROWS), "--max-new-tokens", "12"]
-
-
-@pytest.fixture
-def evaluated(capsys):
-    """Run a command line in this process; returns the lines that it prints."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def run_here(given: list[str]) -> list[str]:
-        capsys.readouterr()
-        evaluate(parse_args(given))
-        ray.shutdown()
-        return capsys.readouterr().out.splitlines()
-
-    yield run_here
-    ray.shutdown()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.slow
-def test_a_death_and_another_number_of_engines_change_no_answer(warm_model, arithmetic_rows, tmp_path, evaluated):
-    whole, died = tmp_path / "whole", tmp_path / "died"
-    evaluated([*options(warm_model, arithmetic_rows, whole), "--engines", "2"])
-    lines, samples = (whole / "samples.jsonl").read_text().splitlines(keepends=True), died / "samples.jsonl"
-    died.mkdir()
-    shutil.copy(whole / "settings.json", died)
-    # What a death leaves: nine rows, of which one could not be verified, three answers to a tenth, and a torn line.
-    unverified = json.dumps(json.loads(lines[0]) | {"status": "unreachable"}) + "\n"
-    samples.write_text(unverified + "".join(lines[1 : 9 * K + 3]) + lines[9 * K + 3][:-9])
-    given = options(warm_model, arithmetic_rows, died)
-    printed = evaluated(given)
-    assert f"{samples} has 8 of {ROWS} rows" in printed
-    answers = read(whole / "samples.jsonl")
-    assert [a["row"] for a in answers] == [row for row in range(ROWS) for _ in range(K)]
-    assert len({tuple(a["text"] for a in answers[i : i + K]) for i in range(0, len(answers), K)}) > ROWS // 2
-    assert 0 < sum(a["reward"] for a in answers) < len(answers)
-    for name in ("samples.jsonl", "metrics.json", "settings.json"):
-        assert (died / name).read_bytes() == (whole / name).read_bytes(), name
-    again = evaluated(given)  # nothing is left to do
-    assert again == [f"{samples} has {ROWS} of {ROWS} rows", *printed[-len(again) + 1 :]]
-    with pytest.raises(ConfigError, match="samples.jsonl was made with other settings, see"):
-        evaluate(parse_args([*given, "--temperature", "0.5"]))

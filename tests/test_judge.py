@@ -19,6 +19,7 @@ def test_judge_asks_vllm(tiny_model, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+    env |= {"TORCHDYNAMO_DISABLE": "1"}  # as in a run: vLLM would compile a line of its sampler
     serve = [
         sys.executable,
         "-m",

@@ -20,8 +20,8 @@ from rollout import RolloutEngines
 from supported import check_refit
 from train_grpo import grpo_loss
 
-GPU = pytest.param(1, marks=pytest.mark.gpu)
-SETTINGS = [(0, name) for name in ("tied", "apart", "float16")]  # GPUs; the CPU has no memory to give away
+# GPUs and name; the CPU has no memory to give away, and "tied" is tested there in the run that others share
+SETTINGS = [(0, name) for name in ("apart", "float16")]
 SETTINGS += [pytest.param(1, name, marks=pytest.mark.gpu) for name in ("tied", "apart", "float16", "sleep")]
 
 
@@ -71,12 +71,65 @@ def mismatch(policy: Policy, batch: Sequences) -> tuple[float, float]:
     return float(np.abs(gap).mean()), float(np.mean(np.exp(gap) - 1 - gap))
 
 
+def samples_depend_on_the_seed_alone(engines: RolloutEngines) -> None:
+    """The same seed repeats its samples whatever ran before; data-parallel engines do not draw the same ones."""
+    prompts = [[7, 8, 9]] * 4
+
+    def draw(seed: int) -> list[list[int]]:
+        groups = sorted(engines.generate(prompts, 2, seed, stop_token_ids=[]), key=lambda g: g.index)
+        return [ids.tolist() for g in groups for ids in g.response_ids]
+
+    first = draw(5)
+    other = draw(6)
+    assert draw(5) == first
+    assert other != first
+    assert len({tuple(ids) for ids in first}) == len(first)  # also across the engines that prompts were dealt to
+
+
+def updates_reach_the_engines(cfg, policy: Policy, engines: RolloutEngines, prompts: list[list[int]]) -> None:
+    """Two updates with a refit after each; then one without, which `check_refit` sees."""
+    precision, on_gpu = cfg.policy.precision, cfg.device == "cuda"
+    before = sample(engines, 1, prompts)
+    stale = None
+    for step in range(2):
+        batch = sample(engines, step, prompts)
+        absolute, k3 = mismatch(policy, batch)
+        if precision == "float16":
+            assert 0 < k3 < 1e-5, step  # a hundredth of what bfloat16 is granted
+        elif on_gpu:
+            assert k3 < 1e-3, step
+        else:
+            assert absolute < 1e-4, step
+        counts = {"num_valid_tokens": float(sum(len(r) for r in batch.response_ids)), "num_valid_sequences": 12.0}
+        engines.sleep()
+        policy.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts})
+        stale = mismatch(policy, before)[0]
+        engines.refit()
+    assert stale > 0.05  # the update did move the weights, so agreement is the refit's work
+    check_refit(cfg.policy, policy, engines, vocabulary=200)
+    if precision == "float32":
+        policy.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts})
+        with pytest.raises(ConfigError, match="in vLLM and in the trainer differ by"):
+            check_refit(cfg.policy, policy, engines, vocabulary=200)
+
+    def another(logprobs_T: torch.Tensor, **_) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return logprobs_T.sum() * 0, {"loss": logprobs_T.new_tensor(7.0)}
+
+    assert policy.update(batch, another, {})["loss"] == 7  # not the loss that was sent before
+
+
+@pytest.mark.slow
+def test_engine_agrees_with_policy_after_refit(begin):
+    """Also with prompts whose keys and values vLLM had cached under older weights."""
+    run = begin("policy.optimizer.lr=0.02")
+    updates_reach_the_engines(run.cfg, run.policy, run.engines, LONG)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpus", "setting"), SETTINGS)
-def test_engine_agrees_with_policy_after_refit(pair, gpus, setting, untied_model):
-    """Also with prompts whose keys and values vLLM had cached under older weights; with a head that is not tied to the
-    embeddings, at another temperature, in two engines on a device of their own (weights over NCCL or gloo) of which one
-    dies; in float16; and after vLLM gave its memory away."""
+def test_engine_agrees_with_policy_whatever_the_settings(pair, gpus, setting, untied_model):
+    """With a head that is not tied to the embeddings, at another temperature, in two engines on a device of their own
+    (weights over NCCL or gloo) of which one dies; in float16; and after vLLM gave its memory away."""
     overrides = [f"cluster.gpus_per_node={gpus}", "policy.optimizer.lr=0.02"]
     overrides += ["policy.precision=bfloat16"] if gpus else []
     overrides += ["policy.max_total_sequence_length=256", "policy.sequence_packing.train_mb_tokens=8192"]
@@ -86,6 +139,7 @@ def test_engine_agrees_with_policy_after_refit(pair, gpus, setting, untied_model
             f"policy.model_name={untied_model}", "policy.generation.temperature=0.7",
             f"cluster.gpus_per_node={2 * gpus}", "cluster.cpu_ranks_per_node=2", "policy.generation.engines_per_gpu=2",
             "policy.generation.colocated.enabled=false", "policy.generation.colocated.resources.gpus_per_node=1",
+            "policy.generation.vllm_kwargs.scheduling_policy=priority",
         ],
         "float16": ["policy.precision=float16"],
         "sleep": [  # the KV cache as large as the GPU allows beside the policy
@@ -96,38 +150,22 @@ def test_engine_agrees_with_policy_after_refit(pair, gpus, setting, untied_model
     overrides += [f"policy.generation.colocated.sleep={setting == 'sleep'}"]
     prompts = LONG if setting == "tied" else SHORT
     cfg, policy, engines = pair(*overrides)
-    before = sample(engines, 1, prompts)
-    stale = None
-    for step in range(2):
-        batch = sample(engines, step, prompts)
-        absolute, k3 = mismatch(policy, batch)
-        if setting == "float16":
-            assert 0 < k3 < 1e-5, step  # a hundredth of what bfloat16 is granted
-        elif gpus:
-            assert k3 < 1e-3, step
-        else:
-            assert absolute < 1e-4, step
-        counts = {"num_valid_tokens": float(sum(len(r) for r in batch.response_ids)), "num_valid_sequences": 12.0}
-        engines.sleep()
-        policy.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts})
-        stale = mismatch(policy, before)[0]
-        engines.refit()
+    if setting == "apart":
+        scheduler = engines.workers[0].__ray_call__.remote(lambda w: w.engine.vllm_config.scheduler_config.policy)
+        assert ray.get(scheduler, timeout=60) == "priority"  # further arguments reach the engine
+        samples_depend_on_the_seed_alone(engines)
+    updates_reach_the_engines(cfg, policy, engines, prompts)
     if setting == "apart":
         ray.kill(engines.workers[0])  # the one on its device that joins the broadcast
         engines.refit()
         assert engines.restarts == 1
         assert mismatch(policy, sample(engines, 2, prompts))[int(gpus)] < (1e-3 if gpus else 1e-4)
-    assert stale > 0.05  # the update did move the weights, so agreement is the refit's work
-    check_refit(cfg.policy, policy, engines, vocabulary=200)
-    if cfg.policy.precision == "float32":
-        policy.update(batch, grpo_loss, {"cfg": cfg.loss_fn, **counts})
-        with pytest.raises(ConfigError, match="in vLLM and in the trainer differ by"):
-            check_refit(cfg.policy, policy, engines, vocabulary=200)
 
-    def another(logprobs_T: torch.Tensor, **_) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return logprobs_T.sum() * 0, {"loss": logprobs_T.new_tensor(7.0)}
 
-    assert policy.update(batch, another, {})["loss"] == 7  # not the loss that was sent before
+@pytest.mark.gpu
+def test_samples_depend_on_the_seed_alone_on_a_gpu(pair):
+    _, _, engines = pair("cluster.gpus_per_node=1", "policy.precision=bfloat16")
+    samples_depend_on_the_seed_alone(engines)
 
 
 @pytest.mark.gpu
@@ -228,33 +266,15 @@ def test_each_engine_gets_a_handle_of_its_own(by):
 
 
 @pytest.mark.slow
-def test_an_engine_that_cannot_start_says_why(pair):
+def test_an_engine_that_cannot_start_says_why(quickstart_overrides):
     """In one line: what vLLM says of an argument, not where Ray was at the time."""
-    with pytest.raises(ray.exceptions.ActorDiedError) as dead:
-        pair("policy.generation.vllm_kwargs.nonsense=1")
+    wrong = "policy.generation.vllm_kwargs.nonsense=1"
+    cfg = load_config(ROOT / "recipes" / "quickstart.yaml", [*quickstart_overrides, wrong])
+    try:
+        with pytest.raises(ray.exceptions.ActorDiedError) as dead:
+            ray.get(RolloutEngines(cfg, start_ray(cfg, StopRequests(None))).start(), timeout=cfg.cluster.timeout_s)
+    finally:
+        ray.shutdown()
     start, what = explain(dead.value).split(": ", 1)
     assert start == "a policy or rollout actor could not start"
     assert re.fullmatch(r"TypeError: .*unexpected keyword argument 'nonsense'", what)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gpus", [0, GPU])
-def test_samples_depend_on_the_seed_alone_and_engines_differ(pair, gpus):
-    """The same seed repeats its samples whatever ran before; two data-parallel engines do not draw the same ones."""
-    overrides = [f"cluster.gpus_per_node={gpus}"] + (
-        ["policy.precision=bfloat16"] if gpus else ["cluster.cpu_ranks_per_node=2"]
-    )
-    cfg, policy, engines = pair(*overrides, "policy.generation.vllm_kwargs.scheduling_policy=priority")
-    scheduler = engines.workers[0].__ray_call__.remote(lambda worker: worker.engine.vllm_config.scheduler_config.policy)
-    assert ray.get(scheduler, timeout=60) == "priority"  # further arguments reach the engine
-    prompts = [[7, 8, 9]] * 4
-
-    def draw(seed: int) -> list[list[int]]:
-        groups = sorted(engines.generate(prompts, 2, seed, stop_token_ids=[]), key=lambda g: g.index)
-        return [ids.tolist() for g in groups for ids in g.response_ids]
-
-    first = draw(5)
-    other = draw(6)
-    assert draw(5) == first
-    assert other != first
-    assert len({tuple(ids) for ids in first}) == len(first)  # also across the engines that prompts were dealt to

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT
+from conftest import ROOT, overrides, run_script
 from test_policy import counts, free_address, random_batch, spawn
 from test_run import BATCH, children, command, read, wait_for
 
@@ -31,34 +31,12 @@ from logger import best_and_worst, open_rows
 from policy import PolicyWorker
 from train_grpo import grpo_loss
 
-STEPS = 6
+STEPS = 6  # of `whole`
 
 
 @pytest.fixture(scope="module")
-def base(arithmetic_rows, tmp_path_factory) -> list[str]:
-    """Two ranks and engines. Few rows and dynamic sampling: the position in the data is not the step, and runs cross
-    epochs. The second validation row has an answer that nobody can read.
-    """
-    folder = tmp_path_factory.mktemp("few")
-    rows = folder / "train.jsonl"
-    rows.write_text("".join((arithmetic_rows / "train.jsonl").read_text().splitlines(keepends=True)[:32]))
-    validation = read(arithmetic_rows / "validation.jsonl")
-    validation[1]["expected_answer"] = "}{"
-    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in validation))
-    return [
-        *BATCH, f"data.train_jsonl_fpath={rows}", f"data.validation_jsonl_fpath={folder}/validation.jsonl",
-        "cluster.cpu_ranks_per_node=2",
-        "grpo.val_period=2", "grpo.max_num_epochs=100", "grpo.num_val_generations_per_prompt=2",
-        "grpo.max_val_samples=3", "logger.num_val_samples_to_print=5",
-        "grpo.use_dynamic_sampling=true", "grpo.dynamic_sampling_max_gen_batches=2", f"grpo.max_num_steps={STEPS}",
-        "policy.scheduler.warmup_steps=3", "checkpointing.save_period=1", "checkpointing.keep_top_k=null",
-        "logger.num_rollouts_to_save=-1",
-    ]  # fmt: skip
-
-
-def overrides(base: list[str], model: Path, folder: Path, *more: str) -> list[str]:
-    paths = [f"logger.log_dir={folder}/logs", f"checkpointing.checkpoint_dir={folder}/checkpoints"]
-    return [*base, f"policy.model_name={model}", *paths, *more]
+def base(two_ranks) -> list[str]:
+    return two_ranks
 
 
 def timeless(path: Path) -> list[dict]:
@@ -88,12 +66,6 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert torch.equal(one[name], two[name]), name
     positions = [json.loads((folder / "run.json").read_text())["position"] for folder in last]
     assert positions[0]["batches_drawn"] == positions[1]["batches_drawn"] > STEPS  # dynamic sampling had work to do
-
-
-def run_script(given: list[str], folder: Path) -> str:
-    done = subprocess.run(command(given), capture_output=True, text=True, timeout=600, cwd=folder)
-    assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
-    return done.stdout
 
 
 class Started:
@@ -172,14 +144,6 @@ def kill_in_a_save(given: list[str], folder: Path, after: int) -> Path:
             for rank in ranks:
                 rank.resume()
     return unfinished
-
-
-@pytest.fixture(scope="module")
-def whole(base, warm_model, tmp_path_factory) -> Path:
-    """All steps without interruption."""
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "stdout").write_text(run_script(overrides(base, warm_model, folder), folder))
-    return folder
 
 
 @pytest.mark.slow

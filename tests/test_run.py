@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import ray
 import torch
 from conftest import ROOT
 
+import evaluate
 from config import ConfigError, load_config
 from launch import check_before_start
 from rows import Rows, end_of_sequence_ids, load_tokenizer
@@ -166,27 +170,85 @@ def test_checkpoints_kept_and_complete(short_run):
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "metrics.json"}
 
 
-@pytest.mark.slow
-def test_last_checkpoint_loads_in_a_fresh_engine(short_run, arithmetic_rows):
-    """evaluate.py through vLLM and the reward server; its answers get the verdict that they get in process."""
-    from reward_server import verify
+ROWS, K = 64, 8  # of an evaluation
 
+
+def evaluation(short_run: tuple, rows: Path, output: Path) -> list[str]:
+    """Arguments that evaluate the last checkpoint."""
     folder, _ = short_run
+    given = ["--model", str(folder / "checkpoints" / "step_3"), "--data", str(rows / "train.jsonl"), "--k", str(K)]
+    return [*given, "--limit", str(ROWS), "--output", str(output), "--max-new-tokens", "12",
+            "--max-total-sequence-length", "64"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(short_run, arithmetic_rows) -> tuple[Path, str]:
+    """Folder and output of evaluate.py with two engines."""
+    folder, _ = short_run
+    given = evaluation(short_run, arithmetic_rows, folder / "evaluation")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "evaluate.py"), "--model", str(folder / "checkpoints" / "step_3"), "--k", "4",
-         "--data", str(arithmetic_rows / "validation.jsonl"), "--output", str(folder / "evaluation"),
-         "--max-new-tokens", "12", "--max-total-sequence-length", "64"],
+        [sys.executable, str(ROOT / "evaluate.py"), *given, "--engines", "2"],
         capture_output=True, text=True, timeout=600, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = read(arithmetic_rows / "validation.jsonl")
-    answers = read(folder / "evaluation" / "samples.jsonl")
-    assert [a["row"] for a in answers] == [r for r in range(len(rows)) for _ in range(4)]
+    return folder / "evaluation", done.stdout
+
+
+@pytest.mark.slow
+def test_last_checkpoint_loads_in_a_fresh_engine(evaluated, arithmetic_rows):
+    """evaluate.py through vLLM and the reward server; its answers get the verdict that they get in process."""
+    from reward_server import verify
+
+    folder, printed = evaluated
+    rows = read(arithmetic_rows / "train.jsonl")
+    answers = read(folder / "samples.jsonl")
+    assert [a["row"] for a in answers] == [row for row in range(ROWS) for _ in range(K)]
+    assert len({tuple(a["text"] for a in answers[i : i + K]) for i in range(0, len(answers), K)}) > ROWS // 2
+    assert 0 < sum(a["reward"] for a in answers) < len(answers)
     for a in answers:
         assert a["reward"] == verify(a["text"], rows[a["row"]]["expected_answer"]).reward
-    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
-    assert metrics["avg@4"] == pytest.approx(np.mean([a["reward"] for a in answers]))
-    assert f"avg@4    {metrics['avg@4']:.3f}" in done.stdout
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics[f"avg@{K}"] == pytest.approx(np.mean([a["reward"] for a in answers]))
+    assert f"avg@{K}    {metrics[f'avg@{K}']:.3f}" in printed
+
+
+@pytest.fixture
+def evaluated_here(capsys):
+    """Run a command line of evaluate.py in this process; returns the lines that it prints."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def run_here(given: list[str]) -> list[str]:
+        capsys.readouterr()
+        evaluate.evaluate(evaluate.parse_args(given))
+        ray.shutdown()
+        return capsys.readouterr().out.splitlines()
+
+    yield run_here
+    ray.shutdown()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.slow
+def test_a_death_and_another_number_of_engines_change_no_answer(
+    evaluated, evaluated_here, short_run, arithmetic_rows, tmp_path
+):
+    (whole, _), died = evaluated, tmp_path / "died"
+    lines, samples = (whole / "samples.jsonl").read_text().splitlines(keepends=True), died / "samples.jsonl"
+    died.mkdir()
+    shutil.copy(whole / "settings.json", died)
+    # What a death leaves: nine rows, of which one could not be verified, three answers to a tenth, and a torn line.
+    unverified = json.dumps(json.loads(lines[0]) | {"status": "unreachable"}) + "\n"
+    samples.write_text(unverified + "".join(lines[1 : 9 * K + 3]) + lines[9 * K + 3][:-9])
+    given = evaluation(short_run, arithmetic_rows, died)
+    printed = evaluated_here(given)
+    assert f"{samples} has 8 of {ROWS} rows" in printed
+    for name in ("samples.jsonl", "metrics.json", "settings.json"):
+        assert (died / name).read_bytes() == (whole / name).read_bytes(), name
+    again = evaluated_here(given)  # nothing is left to do
+    assert again == [f"{samples} has {ROWS} of {ROWS} rows", *printed[-len(again) + 1 :]]
+    with pytest.raises(ConfigError, match="samples.jsonl was made with other settings, see"):
+        evaluate.evaluate(evaluate.parse_args([*given, "--temperature", "0.5"]))
 
 
 def wait_for(condition, seconds: float, what: str, pause: float = 0.05):

@@ -17,11 +17,10 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 TAIL_CHARS = 65_536
 MAX_BOX_CHARS = 2_000
@@ -58,24 +57,19 @@ _BETWEEN_BOXES = re.compile(
     r"(?:[\s$*,;]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|\\text\{[ ,]{0,3}(?:and|or)[ ,]{0,3}\}|\b(?:and|or)\b)+",
     re.S,
 )
-_JOINER_BEFORE = re.compile(r"(?:[,;]|and|or|quad)[^a-zA-Z0-9]*$")
 # The first letter is left out: the marker is found by searching backwards for "nswer".
 _STATEMENT = re.compile(
     r"(?i)(?:(?<=\ba)nswer[ \t*_]{0,6}[:：]|(?<=final a|rrect a)nswer is\b[ \t]*:?|####|答案[是为]?[ \t]*[:：]?)"
     r"[ \t*_]{0,8}([^\n]*)(?:\n\s{0,8}(?:(?:\$\$|\\\[)\s{0,8})?([^\n]*))?"
-)
-_IS_PREFIX = re.compile(
-    r"(?i)^(?:so |thus |hence |therefore )?,? ?(?:the |my )?(?:final )?(?:answer|result|value)?"
-    r" {0,4}(?:is|are|:|=) {0,4}:? {0,4}"
 )
 _SENTENCE_END = re.compile(
     r"(?<=[^.\s])(?:[.?]|(?<!\d)!)(?=\s|$)(?!\s*\d)|\s{1,4}I hope it is correct|<\|[a-z_]{1,20}\|>|</s>|</answer>"
     r"| (?:since|because) |, [a-z]{4,20}\.?$"
 )
 # "The largest n is 34", but nothing with a negation, a second verb or a comma, which may say more.
-_ONE_IS = re.compile(
+_SUBJECT = re.compile(
     r"^(?:(?! is | are |\b(?:not?|nor|never|except|hardly)\b|[,;=]).){1,200} "
-    r"(?:is|are|equals) (?=[-+\d$\\(])(?!.* (?:is|are) )"
+    r"(?:is|are|equals):? +(?=[-+\d$\\(])(?!.* (?:is|are) )"
 )
 _FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]", re.S)
 _PERCENT = r"(?: ?\\?%| ?(?:percent|pct)\b)"
@@ -114,9 +108,7 @@ def _last_boxes(text: str) -> tuple[int, str] | None:
     last = following = 0
     for place in _backwards(text, "\\boxed", "\\fbox"):
         match = _BOX.match(text, place)
-        end = match.end() - 1 if match else -1
-        if match and match[1]:
-            end = _closing(text, end)
+        end = _closing(text, match.end() - 1) if match and match[1] else match.end() - 1 if match else -1
         between = text[end + 1 : following][:80] if contents else ""
         if contents and (end < 0 or not _BETWEEN_BOXES.fullmatch(between)):
             break
@@ -125,22 +117,15 @@ def _last_boxes(text: str) -> tuple[int, str] | None:
         if end >= 0:
             last, following = (last if contents else place), place
             contents.insert(0, text[match.end() : end].strip() if match[1] else match[2].strip("$."))
-            if not _JOINER_BEFORE.search(text[max(0, place - 80) : place]):
-                break  # to look for another box in all of the text would take as long again
     return (last, ", ".join(contents) if all(contents) else "") if contents else None
 
 
 def _tidy_line(line: str) -> str:
     """The answer in a line of prose: without emphasis, "the answer is" and what follows the sentence."""
-    line = line[:MAX_BOX_CHARS].strip().strip("*_").strip()
-    line = _IS_PREFIX.sub("", line, count=1)
-    if end := _SENTENCE_END.search(line):
-        line = line[: end.start()]
-    line = _ONE_IS.sub("", line, count=1)
-    span = _FORMULA.match(line.lstrip(" *:="))  # anchored: a search would be quadratic in unclosed brackets
-    if span and not span.string[span.end() :].strip(" *.,"):
-        line = span[span.lastindex]
-    return "" if line in ("$$", "\\[") else line.strip().strip("*").strip()  # the value may be on the next line
+    line = _SENTENCE_END.split(line[:MAX_BOX_CHARS].strip().strip("*_ "), maxsplit=1)[0]
+    line = _SUBJECT.sub("", line).strip(" *:=")
+    span = _FORMULA.fullmatch(line.rstrip(".,* "))
+    return "" if line in ("$$", "\\[") else span[span.lastindex].strip() if span else line
 
 
 def _last_statement(text: str) -> str | None:
@@ -452,15 +437,20 @@ _MATRIX = re.compile(
 _RELATIONS = "=<>≤≥≠"
 _FLIP = str.maketrans("<>≤≥", "><≥≤")
 # A text that names a set of reals: an inequality, a union, x \in ..., {x : ...}
+_VARIABLE = re.compile(
+    r"(?<![\\a-zA-Z])\(?([a-zA-Z](?:_\w)?)\)? ?(?:\\in(?![a-zA-Z]) ?|[<>≤≥≠=])|[<>≤≥≠=] ?([a-zA-Z](?:_\w)?)(?![a-zA-Z])"
+)
 _REAL_SET = re.compile(r"[<>≤≥≠∪∖]|\\in(?![a-zA-Z])|\\\{ ?[a-z] ?[:|]|^\(-∞,∞\)$")
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+Items = Sequence[str]
+
+
+class Group(NamedTuple):
     """Several values: kind is the two brackets ("()", "[)"), "list" for what has none, ":" or "matrix"."""
 
     kind: str
-    items: tuple[str, ...]
+    items: Items
     columns: int = 0  # of a matrix
 
 
@@ -506,8 +496,8 @@ def parse_group(text: str) -> Group | None:
 def _list_items(text: str) -> tuple[str, ...]:
     """The items of a list. In `p=5,q=2; p=7,q=2` they are tuples, `x = 1, 2` is [1, 2], `1 ± x` is two items."""
     rows = [_split(row, ",")[0] for row in _split(_AND.sub(";", _OR.sub(";", text)), ";")[0]]
-    if len(rows) > 1 and all(len(row) > 1 and _named_values(row) for row in rows):
-        return tuple("(" + ",".join(_named_values(row)) + ")" for row in rows)
+    if len(rows) > 1 and all(len(row) > 1 and _named(row) for row in rows):
+        return tuple("(" + ",".join(_named(row).values()) + ")" for row in rows)
     items = [signed for row in rows for item in row if item for signed in _signs(item)]
     if len(items) > 1 and "=" in items[0] and "=" not in "".join(items[1:]) and _is_name(items[0].partition("=")[0]):
         items[0] = items[0].partition("=")[2].strip()
@@ -521,24 +511,20 @@ def _signs(text: str) -> list[str]:
     return ["".join(itertools.chain(*zip(pieces, (*signs, ""), strict=True))) for signs in choices]
 
 
-def _named_values(items: list[str] | tuple[str, ...]) -> list[str]:
-    """[1, 2] for [y = 2, x = 1]: the values in the order of their names; [] if not all have names of their own."""
-    sides = sorted(item.partition("=")[::2] for item in items)
-    names = {name.strip() for name, _ in sides if _is_name(name)}
-    return [value.strip() for _, value in sides] if len(names) == len(items) else []
+def _named(items: Items) -> dict[str, str]:
+    """{x: 1, y: 2} for [y = 2, x = 1]; {} if not all items have names of their own."""
+    values = dict(sorted([part.strip() for part in item.partition("=")[::2]] for item in items))
+    return values if len(values) == len(items) and all(map(_is_name, values)) else {}
 
 
 def _matrix(match: re.Match[str]) -> Group | None:
     """Cells row by row, times what stands in front; a transposed row is a column."""
     factor, _, body, power = (part.strip() for part in match.groups())
-    if factor[-1:] in ("(", "[") and power[:1] in (")", "]"):
-        factor, power = factor[:-1], power[1:]
-    if not re.fullmatch(r"(?:\^\{?(?:T|\\top)\}?)?", power) or "\\begin" in factor + body or factor.endswith("="):
-        return None
     rows = [[cell.strip() for cell in row.split("&")] for row in body.removesuffix("\\\\").split("\\\\")]
-    if len({len(row) for row in rows}) != 1:
+    transposed = re.fullmatch(r"\^\{?(?:T|\\top)\}?", power)
+    if len(set(map(len, rows))) != 1 or (power and not transposed) or "\\begin" in factor + body or "=" in factor:
         return None
-    rows = [list(row) for row in zip(*rows, strict=True)] if power else rows
+    rows = list(zip(*rows, strict=True)) if transposed else rows
     cells = tuple(f"({factor})({cell})" if factor else cell for row in rows for cell in row)
     return Group("matrix", cells, len(rows[0]))
 
@@ -564,8 +550,7 @@ def _is_name(text: str, simple: bool = False) -> bool:
 def _same_name(one: str, two: str) -> bool:
     """Whether two names are the same: spaces and arguments do not matter, and y is f(x)."""
     names = {re.sub(r"[\s{}\\]|text|\([^()]*\)$", "", text) for text in (one, two)}
-    function = any(re.fullmatch(r"[a-zA-Z] ?\([a-z]\)", text.strip()) for text in (one, two))
-    return len(names) == 1 or ("y" in names and function)
+    return len(names) == 1 or ("y" in names and any(text.endswith("(x)") for text in (one, two)))
 
 
 def _assigned(sides: list[str], simple: bool) -> tuple[str, list[str]]:
@@ -583,8 +568,6 @@ def _chain(text: str) -> tuple[list[str], str]:
 
 # -- Comparison -------------------------------------------------------------------------------------------------------
 
-Items = tuple[str, ...]
-
 _WORDS = re.compile(r"(?=.*[A-Za-z]{3})(?![a-z]{3}$)[A-Za-z]+(?:(?:[' -]|, |\. ?)[A-Za-z]+)*[.!]?|\\text\{[^{}]*\}")
 _SHORT_WORDS = frozenset(["no", "yes", "odd", "all", "one", "two", "six", "ten", "any"])
 _PUNCTUATION = re.compile(r"(?:[\s.,;:!'\"()]|\band\b)+")
@@ -599,10 +582,11 @@ _SECOND_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[B-J]|A(?! [a-z]))(?![A-Za-z])|(
 def _same_items(gold: Items, answer: Items, ordered: bool, algebra: bool) -> bool:
     if len(gold) != len(answer) or len(gold) > MAX_LIST_ITEMS or not all(gold) or not all(answer):
         return False
-    if ordered or _named_values(gold):  # x = 1, y = 2 names its places
-        in_order = all(compare(g, a, algebra) for g, a in zip(gold, answer, strict=True))
-        if ordered or in_order or not all("=" in item for item in answer):
-            return in_order
+    values, others = _named(gold), _named(answer)
+    if values and others and not ordered:
+        return values.keys() == others.keys() and all(compare(values[name], others[name], algebra) for name in values)
+    if ordered or values:  # x = 1, y = 2 names its places
+        return all(compare(g, a, algebra) for g, a in zip(gold, answer, strict=True))
     left = list(answer)
     for g in gold:
         found = next((place for place, a in enumerate(left) if compare(g, a, algebra)), None)
@@ -632,9 +616,9 @@ def compare(gold: str, answer: str, algebra: bool = False) -> bool:
         return gold_number == answer_number and not units_differ(gold_unit, answer_unit)
     if _squeeze(_bare(gold)) == _squeeze(_bare(answer)):
         return True
-    if _too_deep(answer):
+    if _too_complex(answer):
         return False
-    if _too_deep(gold):
+    if _too_complex(gold):
         raise UnparsableGold(gold[:80])
     for decide in (_compare_rounded, _compare_text, _compare_sets, _compare_groups):
         verdict = decide(gold, answer, algebra)
@@ -643,22 +627,26 @@ def compare(gold: str, answer: str, algebra: bool = False) -> bool:
     return _compare_chains(gold, answer, algebra)
 
 
-def _too_deep(text: str) -> bool:
-    """Whether an answer that is no number is too long, or has too many brackets in brackets, to be taken apart."""
-    return len(text) > MAX_STRUCTURE_CHARS or max(depth for *_, depth in _walk(text)) > MAX_NESTING
+def _too_complex(text: str) -> bool:
+    """Whether what is no number is too large to be taken apart, or made to exhaust sympy. Linear in the text."""
+    return (
+        len(text) > MAX_STRUCTURE_CHARS
+        or max(depth for *_, depth in _walk(text)) > MAX_NESTING
+        or text.count("^") + text.count("\\frac") > 120
+        or text.count("!") > 8
+        or bool(_LARGE.search(text))
+    )
 
 
 def _compare_rounded(gold: str, answer: str, algebra: bool) -> bool | None:
     """`≈` in the gold marks a rounded value; in the answer, a note behind an exact value, which must be right."""
-    if "≈" not in gold + answer:
-        return None
-    exact, _, note = (side.strip() for side in gold.partition("≈"))
-    if note:
+    exact, sign, note = (part.strip() for part in gold.partition("≈"))
+    if sign:
         return _rounds(answer, note, algebra) or bool(exact and not _is_name(exact) and compare(exact, answer, algebra))
-    exact, _, note = (side.strip() for side in answer.rpartition("≈"))
+    exact, sign, note = (part.strip() for part in answer.rpartition("≈"))
     if exact and not _is_name(exact):
         return compare(gold, exact, algebra) and _rounds(exact.partition("≈")[0], note, algebra)
-    return "." in gold and compare(gold, note, algebra)
+    return "." in gold and compare(gold, note, algebra) if sign else None
 
 
 def _rounds(exact: str, note: str, algebra: bool) -> bool:
@@ -667,11 +655,13 @@ def _rounds(exact: str, note: str, algebra: bool) -> bool:
     printed, value = parse_number(note), parse_number(exact)
     if printed is None or units_differ(note_unit, exact_unit):
         return False
-    value = _numeric_value(exact, algebra) if value is None else value
-    if value is None or value * printed < 0:
-        return False
+    if value is None:
+        number = _read_both("0", exact, algebra)[1]
+        if number is None or not number.evalf(30).is_Float:
+            return False
+        value = Fraction(str(number.evalf(30)))
     scale = 10 ** len(re.sub(r"[^\d].*", "", note.partition(".")[2]))
-    return math.floor(abs(value) * scale + Fraction(1, 2)) == abs(printed) * scale
+    return value * printed >= 0 and math.floor(abs(value) * scale + Fraction(1, 2)) == abs(printed) * scale
 
 
 def _compare_text(gold: str, answer: str, algebra: bool) -> bool | None:
@@ -713,8 +703,8 @@ def _compare_groups(gold: str, answer: str, algebra: bool) -> bool | None:
         return matrix.columns in (1, len(matrix.items)) and _same_items(*items, True, algebra)
     elif kinds == {"list", "()"}:
         place = 0 if groups[0].kind == "list" else 1
-        if values := _named_values(items[place]):
-            items[place] = tuple(values)
+        if values := _named(items[place]):
+            items[place] = tuple(values.values())
         elif (place == 1 and len(items[1]) == 2) or "=" in "".join(items[place]) or "∞" in "".join(items[place]):
             return False  # the ends of an interval are not the interval
     elif len(kinds) == 2 and (kinds != {"()", "[]"} or len(items[0]) == 2):
@@ -752,12 +742,7 @@ def _compare_values(gold: str, answer: str, algebra: bool) -> bool:
         return compare(gold, choice[2], algebra)
     if units_differ(gold_unit, answer_unit) or ("\\text" in answer and "\\text" not in gold):
         return False  # prose around a value is not a value
-    plain = [_squeeze(_bracketed(text)[1] if text.startswith("(") else text) for text in (gold, answer)]
-    if not gold or not answer or plain[0] == plain[1]:
-        return bool(gold and answer)
-    if _too_complex(gold):
-        raise UnparsableGold(gold[:80])
-    if _too_complex(answer):
+    if not gold or not answer:
         return False
     return _same_value(gold, answer, algebra)
 
@@ -770,7 +755,6 @@ WARM_UP = [
     (r"\frac{\sqrt{5} - 1}{2} + e^{i\pi/3}", r"\left(1-x^{11}\right) \cdot \sqrt[3]{2}"),
     (r"\frac{qb}{2\pi\epsilon_0}\left((x-a)^2 + b^2\right)^{-3/2}", r"\frac{h(a_1+b)}{2} - |x|^n + n!"),
     (r"2\sin^2 x\cos(2x) + \ln 2x", r"\binom{n}{2} - \log_2 8 + \arctan 1 - \lfloor x/5 \rfloor"),
-    ("y = 2x + 3", "2x - y + 3 = 0"),
     (r"(-\infty, 1)", r"x < 1"),
 ]
 
@@ -805,7 +789,7 @@ def second_opinion(gold: str, text: str) -> str | None:
     return str(found[-1]) if right else None
 
 
-class _Unreadable(Exception):
+class _Unreadable(UnparsableGold):
     """Not elementary algebra, or too large to evaluate."""
 
 
@@ -850,111 +834,81 @@ _MISREAD = re.compile(
 )
 
 
-def _too_complex(text: str) -> bool:
-    """Cheap screen against answers made to exhaust sympy. Linear in the text."""
-    counts = text.count("^") > 60 or text.count("\\frac") > 60 or text.count("!") > 8
-    return len(text) > 600 or counts or bool(_LARGE.search(text))
+def _functions(algebra: bool, gold: str, answer: str) -> set[str]:
+    """The letters that stand for functions: f in f(x) + f(y), but not h in h(a + b) - ah.
 
-
-def _written(atom: str) -> str:
-    """One spelling of what is compared as written: 2a_{16} is 2A_16."""
-    atom = re.sub(r"[{}()]", "", _squeeze(atom))
-    return atom.upper() if atom[0].isdigit() else atom
-
-
-class _Reader:
-    """Reads LaTeX of two texts with math-verify's parser, after spelling out what that parser would misread.
-
-    It is the one gate to algebra: without leave, NeedsAlgebra is raised before sympy is imported, which takes seconds.
-    What is no elementary algebra becomes a symbol, the same one wherever it is written alike. A letter that stands only
-    before brackets in both texts is a function: f in f(x) + f(y), but not h in h(a + b) - ah. The answer alone cannot
-    make a factor of a function that the gold calls f or applies twice, as in T(n - 1) + T(n - 2).
+    They stand only before brackets in both texts. The answer alone cannot make a factor of a function that the gold
+    calls f or applies twice, as in T(n - 1) + T(n - 2). This is the one gate to algebra: without leave, NeedsAlgebra is
+    raised before sympy is imported, which takes seconds.
     """
-
-    def __init__(self, algebra: bool, *texts: str):
-        if not algebra:
-            raise NeedsAlgebra
-        self.atoms: dict[str, str] = {}
-        self.functions = set(self.only_applied(" ; ".join(texts)))
-        applied = self.only_applied(texts[0])
-        self.functions |= {letter for letter in applied if letter == "f" or applied.count(letter) > 1}
-
-    @staticmethod
-    def only_applied(text: str) -> list[str]:
-        """The letters that stand before brackets, as often as they do, less those that also stand alone."""
+    if not algebra:
+        raise NeedsAlgebra
+    applied, of_gold = ([], [])
+    for letters, text in ((applied, f"{gold} ; {answer}"), (of_gold, gold)):
         alone = re.findall(rf"({_LETTER})(?! ?\()", text)
-        return [letter for letter in re.findall(rf"({_LETTER})(?= ?\()", text) if letter not in alone]
+        letters += [letter for letter in re.findall(rf"({_LETTER})(?= ?\()", text) if letter not in alone]
+    return {*applied, *(letter for letter in of_gold if letter == "f" or of_gold.count(letter) > 1)}
 
-    def atom(self, name: str) -> str:
-        """The symbol that stands for a name."""
-        return self.atoms.setdefault(name, f"Q_{{{900 + len(self.atoms)}}}")
 
-    def applied(self, match: re.Match[str]) -> str:
-        """f(2 + 1) and f(3) are the same symbol."""
-        function = match[1].partition("_")[0] in self.functions
-        return self.atom(f"{match[1]}({self.read(match[2]).expand()})") if function else match[0]
+def _symbol(name: str) -> str:
+    """The symbol for what is compared as written, the same one wherever it is written alike."""
+    name = re.sub(r"[{}() ]", "", name)
+    name = name.upper() if name[0].isdigit() else name  # 2a_{16} is 2A_16
+    return f"Q_{{{int.from_bytes(name.encode())}}}"
 
-    def read(self, text: str) -> Any:
-        """A sympy expression, or _Unreadable."""
-        if _TRIG.search(text):
-            text = re.sub(r"(\d+(?:\.\d+)?|[a-z]|\))°", r"(\1\\cdot\\frac{\\pi}{180})", text)
-        text = _ATOM.sub(lambda match: self.atom(_written(match[0])), text.replace("°", ""))
-        for pattern, replacement in _EXPLICIT:
-            text = pattern.sub(replacement, text)
-        text = re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
-        text = text.replace("]", ")") if "\\sqrt[" not in text else text
-        text = re.sub(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", lambda match: " ".join(match[0]), text)  # tr is no trace
-        while match := re.search(r"(?:\\sqrt|\^) ?\(", text):  # plain notation
-            end = _closing(text, match.end() - 1)
-            text = text[: match.end() - 1] + "{" + text[match.end() : end] + "}" + text[end + 1 :] if end > 0 else "("
-        text = _APPLIED.sub(self.applied, text)
-        if _MISREAD.search(text) or not all(map(_KNOWN.fullmatch, re.findall(r"\\([a-zA-Z]+|.)", text))):
-            raise _Unreadable(text[:40])
-        try:
-            return _parse(text)
-        except (MemoryError, RecursionError, _Unreadable):
-            raise
-        except Exception as error:  # whatever the parser raises, it did not read this
-            raise _Unreadable(text[:40]) from error
 
-    def read_both(self, gold: str, answer: str) -> tuple[Any, Any]:
-        """Both expressions; None for an answer that cannot be read."""
-        try:
-            gold_expr = self.read(gold)
-        except _Unreadable:
-            raise UnparsableGold(gold[:80]) from None
-        try:
-            return gold_expr, self.read(answer)
-        except _Unreadable:
-            return gold_expr, None
+def _read(text: str, functions: set[str]) -> Any:
+    """A sympy expression, or _Unreadable. Math-verify's parser reads it, once what it would misread is spelled out."""
+    if _TRIG.search(text):
+        text = re.sub(r"(\d+(?:\.\d+)?|[a-z]|\))°", r"(\1\\cdot\\frac{\\pi}{180})", text)
+    text = _ATOM.sub(lambda match: _symbol(match[0]), text.replace("°", ""))
+    for pattern, replacement in _EXPLICIT:
+        text = pattern.sub(replacement, text)
+    text = re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
+    text = text.replace("]", ")") if "\\sqrt[" not in text else text
+    text = re.sub(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", lambda match: " ".join(match[0]), text)  # tr is no trace
+    while match := re.search(r"(?:\\sqrt|\^) ?\(", text):  # plain notation
+        end = _closing(text, match.end() - 1)
+        text = text[: match.end() - 1] + "{" + text[match.end() : end] + "}" + text[end + 1 :] if end > 0 else "("
 
-    def real_set(self, text: str) -> tuple[Any, set[str]]:
-        """A set of reals and the names of its variables, or _Unreadable."""
-        import sympy
+    def apply(match: re.Match[str]) -> str:  # f(2 + 1) and f(3) are the same symbol
+        function = match[1].partition("_")[0] in functions
+        return _symbol(f"{match[1]}({_read(match[2], functions).expand()})") if function else match[0]
 
-        names: set[str] = set()
-        if match := re.match(r"\(?([a-zA-Z](?:_\{?\w\}?)?)\)? ?\\in(?![a-zA-Z]) ?", text):
-            names, text = {match[1]}, text[match.end() :]
-        kind, content = _bracketed(text)
-        if kind == "{}" and (match := re.fullmatch(r"[a-z] ?(?:\\in ?\(-∞,∞\) ?)?[:|] ?(.+)", content)):
-            return self.real_set(match[1])
-        for sign, combine in (("∪", sympy.Union), (",", sympy.Intersection), ("∖", sympy.Complement)):
-            parts, _ = _split(_AND.sub(",", _OR.sub("∪", text)), sign)
-            if len(parts) > 1:
-                sets = [self.real_set(part) for part in parts]
-                return combine(*(one for one, _ in sets)), names.union(*(other for _, other in sets))
-        if kind:
-            values = [sympy.simplify(self.read(value)) for value in _split(content, ",;")[0]]
-            return sympy.FiniteSet(*values) if kind == "{}" else sympy.Interval(
-                *values, kind[0] == "(", kind[1] == ")"
-            ), names
-        sides, signs = _split(text, _RELATIONS)
-        operators = [{"≤": "<=", "≥": ">=", "≠": "!=", "=": "=="}.get(sign, sign) for sign in signs]
-        values = [self.read(side) for side in sides]
-        relation = sympy.And(*map(sympy.Rel, values[:-1], values[1:], operators))
-        if len(relation.free_symbols) != 1:
-            raise _Unreadable(text[:40])
-        return relation.as_set(), {str(symbol) for symbol in relation.free_symbols}
+    text = _APPLIED.sub(apply, text)
+    if _MISREAD.search(text) or not all(map(_KNOWN.fullmatch, re.findall(r"\\([a-zA-Z]+|.)", text))):
+        raise _Unreadable(text[:40])
+    try:
+        return _parse(text)
+    except (MemoryError, RecursionError, _Unreadable):
+        raise
+    except Exception as error:  # whatever the parser raises, it did not read this
+        raise _Unreadable(text[:40]) from error
+
+
+def _real_set(text: str, functions: set[str]) -> Any:
+    """A set of reals, or _Unreadable."""
+    import sympy
+
+    text = _VARIABLE.sub("", text, count=1) if "\\in" in text else text
+    kind, content = _bracketed(text)
+    if kind == "{}" and (match := re.fullmatch(r"[a-z] ?(?:\\in ?\(-∞,∞\) ?)?[:|] ?(.+)", content)):
+        return _real_set(match[1], functions)
+    for sign, combine in (("∪", sympy.Union), (",", sympy.Intersection), ("∖", sympy.Complement)):
+        parts, _ = _split(_AND.sub(",", _OR.sub("∪", text)), sign)
+        if len(parts) > 1:
+            return combine(*(_real_set(part, functions) for part in parts))
+    if kind:
+        values = [sympy.simplify(_read(value, functions)) for value in _split(content, ",;")[0]]
+        ends = kind[0] == "(", kind[1] == ")"
+        return sympy.FiniteSet(*values) if kind == "{}" else sympy.Interval(*values, *ends)
+    sides, signs = _split(text, _RELATIONS)
+    operators = [{"≤": "<=", "≥": ">=", "≠": "!=", "=": "=="}.get(sign, sign) for sign in signs]
+    values = [_read(side, functions) for side in sides]
+    relation = sympy.And(*map(sympy.Rel, values[:-1], values[1:], operators))
+    if len(relation.free_symbols) != 1:
+        raise _Unreadable(text[:40])
+    return relation.as_set()
 
 
 @lru_cache(maxsize=256)  # of lists, every item is compared with every other
@@ -978,6 +932,16 @@ def _parse(text: str) -> Any:
     return expr
 
 
+def _read_both(gold: str, answer: str, algebra: bool) -> tuple[Any, Any]:
+    """Both expressions; None for an answer that cannot be read."""
+    functions = _functions(algebra, gold, answer)
+    gold_expr = _read(gold, functions)
+    try:
+        return gold_expr, _read(answer, functions)
+    except _Unreadable:
+        return gold_expr, None
+
+
 def _vanishes(expr: Any, point: dict[Any, Any]) -> bool | None:
     """Whether an expression is 0 at a point, to 50 digits; None where it has no value. Powers may need many digits."""
     for digits in (60, 2_000, 10_000):
@@ -993,7 +957,7 @@ def _vanishes(expr: Any, point: dict[Any, Any]) -> bool | None:
 
 def _same_value(gold: str, answer: str, algebra: bool) -> bool:
     """Whether two expressions are the same: numbers by their digits, functions by sympy if two points do not differ."""
-    gold_expr, answer_expr = _Reader(algebra, gold, answer).read_both(gold, answer)
+    gold_expr, answer_expr = _read_both(gold, answer, algebra)
     import sympy
 
     written = (sympy.oo, sympy.floor, sympy.ceiling)
@@ -1012,15 +976,15 @@ def _same_value(gold: str, answer: str, algebra: bool) -> bool:
 
 def _compare_sets(gold: str, answer: str, algebra: bool) -> bool | None:
     """Whether two texts name the same set of reals; None if not both do so, or may be intervals, or can be read."""
-    named = [_REAL_SET.search(text) is not None for text in (gold, answer)]
-    pairs = [len(_split(_bracketed(text)[1], ",;")[0]) == 2 for text in (gold, answer)]
-    if not any(named) or not all(name or pair for name, pair in zip(named, pairs, strict=True)):
+    named = [_REAL_SET.search(text) for text in (gold, answer)]
+    sets = [_REAL_SET.search(text) or len(_split(_bracketed(text)[1], ",;")[0]) == 2 for text in (gold, answer)]
+    names, others = (set(map("".join, _VARIABLE.findall(text))) for text in (gold, answer))
+    if not any(named) or not all(sets) or (names and others and names != others):
         return None
-    reader = _Reader(algebra, gold, answer)
+    functions = _functions(algebra, gold, answer)
     try:
-        (gold_set, gold_names), (answer_set, answer_names) = reader.real_set(gold), reader.real_set(answer)
-        same_names = not gold_names or not answer_names or gold_names == answer_names
-        return same_names and (gold_set == answer_set or (gold_set ^ answer_set).is_empty is True)
+        gold_set, answer_set = _real_set(gold, functions), _real_set(answer, functions)
+        return gold_set == answer_set or (gold_set ^ answer_set).is_empty is True
     except (MemoryError, RecursionError):
         raise
     except Exception:  # sympy cannot solve it, or cannot put the ends in order
@@ -1029,7 +993,7 @@ def _compare_sets(gold: str, answer: str, algebra: bool) -> bool | None:
 
 def _proportional(gold: str, answer: str, sign: str, algebra: bool) -> bool:
     """Whether `gold = 0` is `answer = 0` times a factor, which of inequalities is positive."""
-    gold_expr, answer_expr = _Reader(algebra, gold, answer).read_both(gold, answer)
+    gold_expr, answer_expr = _read_both(gold, answer, algebra)
     import sympy
 
     if answer_expr is None or gold_expr.free_symbols != answer_expr.free_symbols:
@@ -1038,9 +1002,3 @@ def _proportional(gold: str, answer: str, sign: str, algebra: bool) -> bool:
         gold_expr, answer_expr = (sympy.fraction(sympy.together(expr))[0] for expr in (gold_expr, answer_expr))
     factor = sympy.cancel(gold_expr / answer_expr)
     return factor.is_number and bool(factor.is_positive or (sign in "=≠" and factor.is_negative))
-
-
-def _numeric_value(text: str, algebra: bool) -> Fraction | None:
-    """The value of a constant expression to 30 digits."""
-    value = _Reader(algebra, text).read_both(text, text)[0].evalf(30)
-    return Fraction(str(value)) if value.is_Float else None

@@ -173,13 +173,13 @@ class RewardServer:
         self.threads = ThreadPoolExecutor(self.pool.size)  # each waits for a worker; the queue before them is the queue
         self.cache: dict[bytes, tuple[Verdict, float]] = {}  # verdict, and until when it holds
         self.locks: weakref.WeakValueDictionary[bytes, asyncio.Lock] = weakref.WeakValueDictionary()
-        self.bytes_arriving = self.batches_waiting = 0
-        posts = {"verify": self.verify, "verify_batch": self.verify_batch, "aggregate_metrics": self.aggregate_metrics}
-        posts |= {"seed_session": self.session, "close_session": self.session}
-        routes = [Route(f"/{name}", work, methods=["POST"]) for name, work in posts.items()]
-        gets = {"metrics": self.metrics, "reverify_mode": self.reverify_mode}
-        gets |= dict.fromkeys(("", "health", "healthz", "livez", "readyz"), self.alive)
-        routes += [Route(f"/{name}", work) for name, work in gets.items()]
+        self.places, self.bytes_arriving = asyncio.Semaphore(self.max_queue), 0
+        posts = [self.verify, self.verify_batch, self.aggregate_metrics]
+        routes = [Route(f"/{work.__name__}", work, methods=["POST"]) for work in posts]
+        routes += [Route(path, self.session, methods=["POST"]) for path in ("/seed_session", "/close_session")]
+        alive = JSONResponse({"status": "ok"})
+        routes += [Route(path, alive) for path in ("/", "/health", "/healthz", "/livez", "/readyz")]
+        routes += [Route("/metrics", self.metrics), Route("/reverify_mode", JSONResponse("stateless"))]
         routes.append(Mount("/ng-rollout/{rollout_id}", routes=routes.copy()))  # Gym may put this before any path
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: self.refuse})
 
@@ -292,7 +292,7 @@ class RewardServer:
 
     async def finish_batch(self, results: list[Any], waiting: dict[int, Any]) -> None:
         """Finish what is waiting, a few at a time, so that others get a turn. Raises HTTPException 429 if many wait."""
-        if self.batches_waiting >= self.max_queue:
+        if self.places.locked():
             raise HTTPException(429, "the verification queue is full, try again", {"Retry-After": "1"})
         left = iter(waiting.items())
 
@@ -300,11 +300,9 @@ class RewardServer:
             for index, row in left:
                 results[index] = await self.finish(results[index], row)
 
-        self.batches_waiting += 1
-        try:
-            await asyncio.gather(*(lane() for _ in range(32 if self.judge else max(1, self.pool.size - 1))))
-        finally:
-            self.batches_waiting -= 1
+        async with self.places:
+            with QUEUED.track_inprogress():
+                await asyncio.gather(*(lane() for _ in range(32 if self.judge else max(1, self.pool.size - 1))))
 
     async def verify(self, request: Request) -> Response:
         """NeMo Gym's /verify: the request less `question`, plus the verdict. It waits; Gym would not ask again."""
@@ -346,19 +344,10 @@ class RewardServer:
         means = {"mean/reward": statistics.fmean(rewards)} if rewards else {}
         return JSONResponse({"group_level_metrics": [], "agent_metrics": means, "key_metrics": means})
 
-    async def alive(self, request: Request) -> Response:
-        """For probes."""
-        return JSONResponse({"status": "ok"})
-
-    async def reverify_mode(self, request: Request) -> Response:
-        """What NeMo Gym wants to know before it sends old responses again."""
-        return JSONResponse("stateless")
-
     async def metrics(self, request: Request) -> Response:
         """Prometheus text."""
         self.authorise(request)
         KILLS.set(self.pool.kills)
-        QUEUED.set(self.batches_waiting)
         return Response(generate_latest(METRICS), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -380,8 +369,6 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self.head_timer.cancel()
-        if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
-            raise ValueError("the head is too large")  # the parser turns this into a reply of 400
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:

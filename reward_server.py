@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import dataclasses
 import functools
+import hashlib
 import hmac
 import os
 import re
@@ -58,37 +59,30 @@ CACHE_SIZE = 50_000
 # -- verification in process -------------------------------------------------------------------------------------------
 
 
-def exact_verdict(text: str, expected_answer: str, lenient: bool = False) -> Verdict | tuple[str, str]:
-    """The verdict if it takes no algebra, else (gold, answer) for a worker. Microseconds, safe on an event loop."""
-    gold, answer = expected_answer.strip(), None
+def exact_verdict(text: str, expected_answer: str, lenient: bool = False) -> Verdict | tuple[str, bytes]:
+    """The verdict if it takes no algebra, else what a worker has to be asked. Microseconds, safe on an event loop."""
+    gold, answer, status, reason = expected_answer.strip(), None, "no_answer", None
     if not gold:
         return Verdict(0.0, "unparsable_gold", reason="expected_answer is empty")
     try:
-        answer = math_verifier.extract_answer(text, lenient=lenient)
-        if not answer:
-            return Verdict(0.0, "no_answer")
-        if "\\boxed" in gold:  # golds are used as they are; only a whole solution with a box is reduced to the box
-            gold = math_verifier.extract_answer(gold) or gold
-        equal = math_verifier.compare(gold, answer)
+        if answer := math_verifier.extract_answer(text, lenient=lenient):
+            status = "correct" if math_verifier.compare(gold, answer) else "wrong"
     except math_verifier.NeedsAlgebra:
-        return gold, answer
+        status = "unknown"
     except math_verifier.UnparsableGold:
-        return Verdict(0.0, "unparsable_gold", answer, "expected_answer cannot be read")
+        status, reason = "unparsable_gold", "expected_answer cannot be read"
     except Exception as error:  # a bug, or a caller deep in its own stack: not verified, which is not "wrong"
-        return Verdict(0.0, "timeout", answer, f"{type(error).__name__}: {error}"[:300])
-    return Verdict(float(equal), "correct" if equal else "wrong", answer)
+        status, reason = "timeout", f"{type(error).__name__}: {error}"[:300]
+    if status == "unknown" or (lenient and status != "correct"):
+        row = {"expected_answer": gold, "lenient": lenient}
+        return text if lenient else answer, msgspec.json.encode(row)
+    return Verdict(float(status == "correct"), status, answer, reason)
 
 
 def verify(response_text: str, expected_answer: str, *, lenient: bool = False) -> Verdict:
     """Verify one response in this process. Algebra runs in lazily started workers under the same hard deadline."""
-    verdict = exact_verdict(response_text, expected_answer, lenient)
-    if not isinstance(verdict, Verdict):
-        gold, answer = verdict
-        verdict = dataclasses.replace(default_pool().run(answer, gold_row(gold)), extracted_answer=answer)
-    if lenient and not verdict.reward:
-        second = default_pool().run(response_text, gold_row(expected_answer, lenient=True))
-        return second if second.reward else verdict
-    return verdict
+    found = exact_verdict(response_text, expected_answer, lenient)
+    return found if isinstance(found, Verdict) else default_pool().run(*found)
 
 
 @functools.cache
@@ -98,11 +92,6 @@ def default_pool() -> WorkerPool:
 
 
 os.register_at_fork(after_in_child=default_pool.cache_clear)  # a child must not talk to its parent's workers
-
-
-def gold_row(gold: str | None, lenient: bool = False) -> bytes:
-    """A row as JSON that has an expected answer alone. Where `lenient`, workers grade a whole text as peers do."""
-    return msgspec.json.encode({"expected_answer": gold, "lenient": lenient})
 
 
 # -- what comes over the wire: fields that are not named here are skipped without being built --------------------------
@@ -182,15 +171,15 @@ class RewardServer:
 
     def __post_init__(self) -> None:
         self.threads = ThreadPoolExecutor(self.pool.size)  # each waits for a worker; the queue before them is the queue
-        self.cache: dict[tuple[str, str], tuple[Verdict, float]] = {}  # verdict, and until when it holds
-        self.locks: weakref.WeakValueDictionary[tuple[str, str], asyncio.Lock] = weakref.WeakValueDictionary()
-        self.bytes_arriving = self.batches_waiting = 0
-        posts = {"verify": self.verify, "verify_batch": self.verify_batch, "aggregate_metrics": self.aggregate_metrics}
-        posts |= {"seed_session": self.session, "close_session": self.session}
-        routes = [Route(f"/{name}", work, methods=["POST"]) for name, work in posts.items()]
-        gets = {"metrics": self.metrics, "reverify_mode": self.reverify_mode}
-        gets |= dict.fromkeys(("", "health", "healthz", "livez", "readyz"), self.alive)
-        routes += [Route(f"/{name}", work) for name, work in gets.items()]
+        self.cache: dict[bytes, tuple[Verdict, float]] = {}  # verdict, and until when it holds
+        self.locks: weakref.WeakValueDictionary[bytes, asyncio.Lock] = weakref.WeakValueDictionary()
+        self.places, self.bytes_arriving = asyncio.Semaphore(self.max_queue), 0
+        posts = [self.verify, self.verify_batch, self.aggregate_metrics]
+        routes = [Route(f"/{work.__name__}", work, methods=["POST"]) for work in posts]
+        routes += [Route(path, self.session, methods=["POST"]) for path in ("/seed_session", "/close_session")]
+        alive = JSONResponse({"status": "ok"})
+        routes += [Route(path, alive) for path in ("/", "/health", "/healthz", "/livez", "/readyz")]
+        routes += [Route("/metrics", self.metrics), Route("/reverify_mode", JSONResponse("stateless"))]
         routes.append(Mount("/ng-rollout/{rollout_id}", routes=routes.copy()))  # Gym may put this before any path
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: self.refuse})
 
@@ -234,53 +223,48 @@ class RewardServer:
 
     # Verdicts: `at_once` decides what needs nobody else, `finish` goes on from what it left.
 
-    def at_once(self, text: str, row: Any) -> Verdict | tuple[str, str] | None:
-        """The math verifier's exact verdict or what is left to compare; None for a custom verifier."""
-        return exact_verdict(text, row.expected_answer, self.lenient) if self.verifier == "math" else None
-
-    def is_final(self, found: Any) -> bool:
-        """Whether neither a worker nor the judge has to be asked."""
-        gets_second = self.lenient and isinstance(found, Verdict) and not found.reward
-        return isinstance(found, Verdict) and not gets_second and not self.asks_judge(found)
+    def at_once(self, text: str, row: Any, raw: bytes) -> Verdict | tuple[str, bytes]:
+        """The math verifier's exact verdict, else what a worker has to be asked."""
+        return exact_verdict(text, row.expected_answer, self.lenient) if self.verifier == "math" else (text, raw)
 
     def asks_judge(self, verdict: Verdict) -> bool:
         """Whether there is a judge, and something for it to say."""
         return bool(self.judge and verdict.extracted_answer and verdict.status in ("wrong", "unparsable_gold"))
 
-    async def finish(self, found: Any, text: str, row: Any, raw: bytes) -> Verdict:
-        """The verdict, from a worker and, where the rules said no, from the judge."""
-        if isinstance(found, tuple):
-            found = await self.algebra(*found)
-        elif found is None:
-            found = await self.in_worker(text, raw)
-        if self.lenient and not found.reward:
-            second = await self.in_worker(text, gold_row(row.expected_answer, lenient=True))
-            found = second if second.reward else found
-        if not self.asks_judge(found):
-            return found
-        status, said = await self.judge.ask(row.question, row.expected_answer, found.extracted_answer)
-        reason = "the judge gave no verdict" if status == "judge_failed" else None
-        return Verdict(float(status == "correct"), status, found.extracted_answer, reason, said)
+    def is_final(self, found: Verdict | tuple[str, bytes]) -> bool:
+        """Whether neither a worker nor the judge has to be asked."""
+        return isinstance(found, Verdict) and not self.asks_judge(found)
 
-    async def algebra(self, gold: str, answer: str) -> Verdict:
-        """A worker's verdict, or the one on the same comparison that is known or on its way."""
-        key = (gold, math_verifier.normalise(answer))
+    async def finish(self, found: Verdict | tuple[str, bytes], row: Any) -> Verdict:
+        """The verdict, from a worker and, where the rules said no, from the judge."""
+        verdict = found if isinstance(found, Verdict) else await self.ask_worker(*found)
+        if not self.asks_judge(verdict):
+            return verdict
+        status, said = await self.judge.ask(row.question, row.expected_answer, verdict.extracted_answer)
+        reason = "the judge gave no verdict" if status == "judge_failed" else None
+        return Verdict(float(status == "correct"), status, verdict.extracted_answer, reason, said)
+
+    async def ask_worker(self, text: str, row: bytes) -> Verdict:
+        """A worker's verdict; of the math verifier, the one on the same comparison that is known or on its way."""
+        if self.verifier != "math":
+            return await self.in_worker(text, row)
+        key = hashlib.sha256(text.encode() + row).digest()
         async with self.locks.setdefault(key, asyncio.Lock()):
             verdict, until = self.cache.get(key, (None, 0.0))
             if time.monotonic() < until:
                 CACHE_HITS.inc()
-            else:
-                verdict = await self.in_worker(answer, gold_row(gold))
-                # A time-out may be a busy machine's fault: remember it only to spare the workers the rest of a group.
-                self.cache[key] = verdict, time.monotonic() + (30 if verdict.status == "timeout" else 1e9)
+                return verdict
+            verdict = await self.in_worker(text, row)
+            # A time-out may be a busy machine's fault: remember it only to spare the workers the rest of a group.
+            self.cache[key] = verdict, time.monotonic() + (30 if verdict.status == "timeout" else 1e9)
             if len(self.cache) > CACHE_SIZE:
                 del self.cache[next(iter(self.cache))]
-        return dataclasses.replace(verdict, extracted_answer=answer)
+            return verdict
 
-    async def in_worker(self, text: str, raw: bytes) -> Verdict:
+    async def in_worker(self, text: str, row: bytes) -> Verdict:
         """A worker's verdict. If this is cancelled, a task that waits is dropped; one that runs comes to its end."""
         with IN_FLIGHT.track_inprogress():
-            return await asyncio.get_running_loop().run_in_executor(self.threads, self.pool.run, text, raw)
+            return await asyncio.get_running_loop().run_in_executor(self.threads, self.pool.run, text, row)
 
     async def verify_batch(self, request: Request) -> Response:
         """Many at once: one result per item, in order."""
@@ -288,14 +272,14 @@ class RewardServer:
         if len(items) > MAX_BATCH:
             raise HTTPException(413, f"a batch may hold {MAX_BATCH} items, this one holds {len(items)}: send several")
         results: list[Any] = []
-        waiting: dict[int, tuple[Any, ...]] = {}
+        waiting: dict[int, Any] = {}
         slice_end = time.perf_counter() + 0.002
         for index, item in enumerate(items):
-            raw = bytes(item.row) or gold_row(item.expected_answer)
+            raw = bytes(item.row) or msgspec.json.encode({"expected_answer": item.expected_answer})
             row = decode(raw, MathRow if self.verifier == "math" else AnyRow, "items", index)
-            results.append(self.at_once(item.text, row))
+            results.append(self.at_once(item.text, row, raw))
             if not self.is_final(results[-1]):
-                waiting[index] = (results[-1], item.text, row, raw)
+                waiting[index] = row
             if time.perf_counter() > slice_end:  # let other requests through
                 await asyncio.sleep(0)
                 slice_end = time.perf_counter() + 0.002
@@ -306,21 +290,19 @@ class RewardServer:
         fields = [{"reward": v.reward, "status": v.status, "extracted_answer": v.extracted_answer} for v in results]
         return Response(msgspec.json.encode({"results": fields}), media_type="application/json")
 
-    async def finish_batch(self, results: list[Any], waiting: dict[int, tuple[Any, ...]]) -> None:
+    async def finish_batch(self, results: list[Any], waiting: dict[int, Any]) -> None:
         """Finish what is waiting, a few at a time, so that others get a turn. Raises HTTPException 429 if many wait."""
-        if self.batches_waiting >= self.max_queue:
+        if self.places.locked():
             raise HTTPException(429, "the verification queue is full, try again", {"Retry-After": "1"})
         left = iter(waiting.items())
 
         async def lane() -> None:
-            for index, task in left:
-                results[index] = await self.finish(*task)
+            for index, row in left:
+                results[index] = await self.finish(results[index], row)
 
-        self.batches_waiting += 1
-        try:
-            await asyncio.gather(*(lane() for _ in range(32 if self.judge else max(1, self.pool.size - 1))))
-        finally:
-            self.batches_waiting -= 1
+        async with self.places:
+            with QUEUED.track_inprogress():
+                await asyncio.gather(*(lane() for _ in range(32 if self.judge else max(1, self.pool.size - 1))))
 
     async def verify(self, request: Request) -> Response:
         """NeMo Gym's /verify: the request less `question`, plus the verdict. It waits; Gym would not ask again."""
@@ -329,9 +311,9 @@ class RewardServer:
         messages = [item.content for item in row.response.output if item.type == "message"]
         parts = [part for content in messages if isinstance(content, list) for part in content]
         text = "".join(part.text or "" for part in parts if part.type == "output_text")
-        verdict = self.at_once(text, row)
+        verdict = self.at_once(text, row, body)
         if not self.is_final(verdict):
-            verdict = await while_connected(request, self.finish(verdict, text, row, body))
+            verdict = await while_connected(request, self.finish(verdict, row))
         VERDICTS.labels(verdict.status).inc()
         failure = "judge_failed" if verdict.status == "judge_failed" else "verifier_error"
         reply = decode(body, dict[str, msgspec.Raw])
@@ -362,19 +344,10 @@ class RewardServer:
         means = {"mean/reward": statistics.fmean(rewards)} if rewards else {}
         return JSONResponse({"group_level_metrics": [], "agent_metrics": means, "key_metrics": means})
 
-    async def alive(self, request: Request) -> Response:
-        """For probes."""
-        return JSONResponse({"status": "ok"})
-
-    async def reverify_mode(self, request: Request) -> Response:
-        """What NeMo Gym wants to know before it sends old responses again."""
-        return JSONResponse("stateless")
-
     async def metrics(self, request: Request) -> Response:
         """Prometheus text."""
         self.authorise(request)
         KILLS.set(self.pool.kills)
-        QUEUED.set(self.batches_waiting)
         return Response(generate_latest(METRICS), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -396,8 +369,6 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self.head_timer.cancel()
-        if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
-            raise ValueError("the head is too large")  # the parser turns this into a reply of 400
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:

@@ -59,19 +59,18 @@ class Verdict:
         return self.status in ("correct", "wrong", "no_answer")
 
 
-def algebra(answer: str, row: dict[str, Any]) -> Verdict:
-    """The verifier "math" as its workers run it: the server extracts the answer and decides what needs no algebra.
-
-    Of a lenient row, `answer` is the whole response, which the server's rules have refused.
-    """
-    if row.get("lenient"):
-        found = math_verifier.second_opinion(row["expected_answer"], answer)
-        return Verdict(float(found is not None), "wrong" if found is None else "correct", found)
+def algebra(text: str, row: dict[str, Any]) -> Verdict:
+    """The verifier "math" as its workers run it, on what needs algebra: an answer, or of a lenient row a response."""
+    gold, lenient = row["expected_answer"], row.get("lenient", False)
+    answer, status = math_verifier.extract_answer(text, lenient=True) if lenient else text, "no_answer"
     try:
-        equal = math_verifier.compare(row["expected_answer"], answer, algebra=True)
+        if answer:
+            status = "correct" if math_verifier.compare(gold, answer, algebra=True) else "wrong"
     except math_verifier.UnparsableGold:
-        return Verdict(0.0, "unparsable_gold", answer)
-    return Verdict(float(equal), "correct" if equal else "wrong", answer)
+        status = "unparsable_gold"
+    if lenient and status != "correct" and (second := math_verifier.second_opinion(gold, text)):
+        status, answer = "correct", second
+    return Verdict(float(status == "correct"), status, answer)
 
 
 def load_verifier(name: str) -> Callable[[str, dict[str, Any]], Verdict | float]:
@@ -154,23 +153,17 @@ class WorkerPool:
         self._ready = False
         self._control, theirs = socket.socketpair()
         self._control.settimeout(START_SECONDS)
-        fd, null = theirs.fileno(), subprocess.DEVNULL
+        null = subprocess.DEVNULL
         with theirs:
             self._nursery = subprocess.Popen(
-                [*self._command, str(fd)],
-                pass_fds=[fd],
-                env=environment,
-                stdin=null,
-                stdout=null,
-                stderr=null,
-                start_new_session=True,
+                self._command, stdin=theirs, stdout=null, stderr=null, env=environment, start_new_session=True
             )
 
 
 # -- the other side of the sockets: the nursery and its workers --------------------------------------------------------
 
 
-def nursery(name: str, deadline: str, control_fd: str) -> None:
+def nursery(name: str, deadline: str) -> None:
     """Fork a worker for each file descriptor that arrives; end with the process that sends them."""
     logging.disable(logging.CRITICAL)
     verifier = load_verifier(name)
@@ -178,7 +171,7 @@ def nursery(name: str, deadline: str, control_fd: str) -> None:
         math_verifier.compare(gold, answer, algebra=True)
     os.chdir("/")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries dead workers
-    control = socket.socket(fileno=int(control_fd))
+    control = socket.socket(fileno=sys.stdin.fileno())
     control.send(b"r")
     while fds := socket.recv_fds(control, 1, 1)[1]:
         if os.fork() == 0:
@@ -194,9 +187,10 @@ def nursery(name: str, deadline: str, control_fd: str) -> None:
 def work(connection: socket.socket, verifier: Callable[..., Any], deadline: float) -> None:
     """A worker's life: say who it is, then answer each line with a verdict."""
     stream = connection.makefile("rwb")
-    start = confine()
+    confine()
+    limit = peak_mb() + MAX_GROWTH_MB
     reply = str(os.getpid()).encode()
-    while peak_mb() - start < MAX_GROWTH_MB:
+    while peak_mb() < limit:
         signal.setitimer(signal.ITIMER_REAL, 0)
         stream.write(reply + b"\n")
         stream.flush()
@@ -221,8 +215,8 @@ def answer_line(verifier: Callable[..., Any], line: bytes) -> bytes:
     return json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def confine() -> int:
-    """Take from this process what a verifier does not need, for good. The peak of its memory so far, in MB."""
+def confine() -> None:
+    """Take from this process what a verifier does not need, for good."""
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -237,7 +231,6 @@ def confine() -> int:
     os.nice(5)  # the server's event loop goes first
     sys.setrecursionlimit(3_000)
     sys.addaudithook(audit)
-    return peak_mb()
 
 
 def peak_mb() -> int:

@@ -15,6 +15,7 @@ import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,8 @@ def play(
     try:
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             part = rows[start : start + ROWS_AT_A_TIME]
-            found = episodes.play([data.rows[row] for row in part], args.k, args.seed + start, lambda: None)
+            played = [data.rows[row] for row in part]
+            found = engines.surviving(partial(episodes.play, played, args.k, args.seed + start, lambda: None))
             for i, e in enumerate(found):
                 answer = {"row": part[i // args.k], "text": tokenizer.decode(e.response_ids), "truncated": e.truncated}
                 yield [answer | {"reward": e.reward, "status": e.status, "extracted_answer": None}]

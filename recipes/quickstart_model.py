@@ -9,11 +9,13 @@ GRPO something to do. Takes about a minute on two cores; does nothing when the f
 
 import argparse
 import json
+import os
 import shutil
 import time
 from pathlib import Path
 
-import torch
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}  # read on import; see launch.start_ray
+import torch  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 

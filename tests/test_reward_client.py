@@ -58,8 +58,10 @@ def test_uses_a_running_server_and_leaves_it_running(tmp_path):
         owner.close()
 
 
-def test_an_unreachable_server_gives_no_false_zero(tmp_path):
-    owner = RewardClient(Env(reward_workers=1), tmp_path)
+def test_lenient_extraction_and_an_unreachable_server_that_gives_no_false_zero(tmp_path):
+    owner = RewardClient(Env(reward_workers=1, extraction="lenient"), tmp_path)
+    (verdict,) = owner.submit(["So there are 4."], {"expected_answer": "4"}).result(timeout=60)
+    assert verdict["status"] == "correct"
     guest = RewardClient(Env(reward_url=owner.url, reward_timeout_s=2), tmp_path)
     owner.close()
     assert {status for status, _ in verdicts(guest)} == {"unreachable"}

@@ -50,6 +50,10 @@ class PolicyWorker(WeightSender):
         self.device, self.dtype = torch.device(device), getattr(torch, cfg.precision)
         self.steps_done = 0
         self.kernels = self.device.type == "cuda" and cfg.precision != "float32"
+        if self.device.type == "cpu":
+            # The gradients of tokens that one hidden state predicts would be added up in the order of the threads.
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         # float16 loses gradients below 6e-8, so the loss is scaled up, by as much as does not overflow
         self.loss_scale, self.steps_at_scale = (2.0**16 if cfg.precision == "float16" else 1.0), 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

@@ -374,6 +374,28 @@ def test_gradients_are_clipped_together_and_warming_up_leaves_nothing_behind(con
         torch.distributed.destroy_process_group()
 
 
+def test_gradients_are_the_same_to_the_bit_whichever_thread_is_first(config):
+    """The state that predicts the first token of 300 responses gets 300 gradients."""
+    cfg, count = config("policy.sequence_packing.train_mb_tokens=4096"), 300
+    worker, threads = PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60), torch.get_num_threads()
+    worker.setup(free_address())
+    ids, zeros = [np.array([3 + i % 190, 4]) for i in range(count)], [np.zeros(2)] * count
+    tokens = {"rollout_logprobs_T": zeros, "mask_T": [np.ones(2)] * count}
+    batch = Sequences([np.array([5, 6])] * count, ids, tokens, {"advantages_T": np.resize([1.0, -0.5], count)})
+    found = []
+    try:
+        torch.set_num_threads(4)
+        for _ in range(5):
+            worker._gradients([batch], grpo_loss, {"cfg": cfg.loss_fn, **counts(batch)})
+            found.append([w.grad.to_local().clone() for w in worker.weights])
+            worker._drop_gradients()
+    finally:
+        torch.set_num_threads(threads)
+        torch.distributed.destroy_process_group()
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 def test_float16_gradients_neither_vanish_nor_overflow(config):
     """The loss is scaled up for float16, by less where that overflows; norm and step are those of float32."""
 

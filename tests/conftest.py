@@ -1,6 +1,7 @@
 """Fixtures: tiny random models made by the quickstart's own script, and configurations that run them."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+gc.disable()  # until all tests are imported: looking through what stays anyway takes seconds
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one takes seconds for a single example
 hypothesis.settings.load_profile("any machine")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
@@ -39,7 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     sharing = [item for item in items if "started" in getattr(item, "fixturenames", ())]
     others = [item for item in items if item not in sharing]
+    gc.freeze()
+    gc.enable()
     items[:] = others + sorted(sharing, key=lambda item: item.path.name, reverse=True)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain at the end about what was not collected
 
 
 @pytest.fixture(scope="session")

@@ -210,8 +210,7 @@ ONE_TO_ONE = {  # GPUs of five engines; what each takes: (readers of the message
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ONE_TO_ONE)
-def test_each_engine_gets_a_handle_of_its_own(by):
+def test_each_engine_gets_a_handle_of_its_own(started):
     """A message has as many handles as engines read it, and no two take the same; one engine a GPU joins NCCL. An
     engine that does not answer ends the refit after its deadline, with a line that says so."""
 
@@ -250,20 +249,18 @@ def test_each_engine_gets_a_handle_of_its_own(by):
         def hang(self):
             threading.Event().wait()
 
-    gpus, taken, joined = ONE_TO_ONE[by]
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        engines = [Side.remote(f"engine {i}") for i in range(5)]
-        link = Link([Side.remote("rank 0"), Side.remote("rank 1")], engines, gpus, by, timeout_s=60)
+    ranks, engines = [Side.remote("rank 0"), Side.remote("rank 1")], [Side.remote(f"engine {i}") for i in range(5)]
+    for by, (gpus, taken, joined) in ONE_TO_ONE.items():
+        link = Link(ranks, engines, gpus, by, timeout_s=240)
         link.refit()
         got = ray.get([e.got.remote() for e in engines], timeout=240)
-        engines[4].hang.remote()
-        link.timeout_s = 1
-        with pytest.raises(ray.exceptions.GetTimeoutError) as late:
-            link.refit()
-    finally:
-        ray.shutdown()
-    assert got == list(zip(taken, joined, strict=True))
+        assert got == list(zip(taken, joined, strict=True)), by
+    engines[4].hang.remote()
+    link.timeout_s = 1
+    with pytest.raises(ray.exceptions.GetTimeoutError) as late:
+        link.refit()
+    for side in ranks + engines:
+        ray.kill(side)
     assert "did not answer within cluster.timeout_s" in explain(late.value)
 
 

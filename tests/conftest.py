@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,6 +170,18 @@ def begin(started, base, tmp_path):
         return dataclasses.replace(run, cfg=cfg, log=Logger(cfg), num_batches=batches, last_step=steps, **fresh)
 
     return with_settings
+
+
+@pytest.fixture
+def stopped_afterwards() -> Iterator[None]:
+    """For a test that starts a run in this process: its Ray ends, and signals go again where they went before."""
+    import ray
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    ray.shutdown()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------- a run of the script

@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from launch import RunError
 from reward_client import RewardClient
 from rollout import Group, RolloutWorker
 from rows import read_row
+from train_grpo import train
 
 RECIPE = str(ROOT / "recipes" / "quickstart.yaml")
 GYM_PYTHON = os.environ.get("GYM_PYTHON", str(ROOT / ".venv-gym" / "bin" / "python"))
@@ -303,16 +303,15 @@ def test_turns_and_tools_of_gym(gym, episodes, tokenizer, capsys):
 
 @needs_gym
 @pytest.mark.slow
-def test_training_on_math_through_a_gym_agent(gym, quickstart_overrides, warm_model, tmp_path):
-    command = [
-        sys.executable, str(ROOT / "train_grpo.py"), "--config", RECIPE, *quickstart_overrides,
+def test_training_on_math_through_a_gym_agent(gym, quickstart_overrides, warm_model, tmp_path, stopped_afterwards):
+    overrides = [
+        *quickstart_overrides,
         f"policy.model_name={warm_model}", f"env.gym_url={gym['math_agent']}",
         f"env.gym_model_address={gym['policy']}", "cluster.cpu_ranks_per_node=2", "grpo.num_prompts_per_step=4",
         "grpo.num_generations_per_prompt=4", "grpo.max_num_steps=3", "grpo.max_val_samples=4", "grpo.val_period=3",
         "checkpointing.enabled=false", "logger.num_rollouts_to_save=-1",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train(load_config(RECIPE, overrides))
     steps = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").open()]
     assert [m["step"] for m in steps] == [0, 1, 2, 3]
     assert [0 <= m["val:accuracy"] <= 1 for m in (steps[0], steps[3])] == [True, True]

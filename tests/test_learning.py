@@ -1,8 +1,6 @@
 """Learning is real: it happens with every variant and option, and does not happen without a signal."""
 
 import runpy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from config import load_config
 from launch import RunError, check_gates
 from logger import Logger
 from reward_client import RewardClient
-from train_grpo import loop, stop_if_not_finite
+from train_grpo import loop, stop_if_not_finite, train
 
 pytestmark = pytest.mark.slow
 
@@ -87,17 +85,15 @@ def test_a_constant_reward_teaches_nothing(begin, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_one_step_off_on_two_ranks_learns(base, tmp_path):
-    """The real script, on a device for the policy and one for the engine."""
-    command = [sys.executable, str(ROOT / "train_grpo.py"), "--config", str(RECIPE), *base]
-    command += [
+def test_one_step_off_on_two_ranks_learns(base, tmp_path, stopped_afterwards):
+    """On a device for the policy and one for the engine."""
+    overrides = [
         f"logger.log_dir={tmp_path}/logs", f"checkpointing.checkpoint_dir={tmp_path}/checkpoints",
         "loss_fn.variant=cispo", "grpo.async_one_step_off=true", "loss_fn.use_importance_sampling_correction=true",
         "loss_fn.truncated_importance_sampling_ratio=2", "cluster.cpu_ranks_per_node=2",
         "policy.generation.colocated.enabled=false", "policy.generation.colocated.resources.gpus_per_node=1",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train(load_config(RECIPE, [*base, *overrides]))
     metrics = logged(tmp_path)
     learned(metrics)
     # the second batch is drawn during the first update

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -213,9 +212,8 @@ def test_last_checkpoint_loads_in_a_fresh_engine(evaluated, arithmetic_rows):
 
 
 @pytest.fixture
-def evaluated_here(capsys):
+def evaluated_here(capsys, stopped_afterwards):
     """Run a command line of evaluate.py in this process; returns the lines that it prints."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def run_here(given: list[str]) -> list[str]:
         capsys.readouterr()
@@ -223,10 +221,7 @@ def evaluated_here(capsys):
         ray.shutdown()
         return capsys.readouterr().out.splitlines()
 
-    yield run_here
-    ray.shutdown()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run_here
 
 
 @pytest.mark.slow

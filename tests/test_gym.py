@@ -184,7 +184,8 @@ def test_lost_episodes_are_masked_and_the_others_go_on(episodes, tmp_path, capsy
 
 
 def test_evaluation_plays_the_same_episodes(tokenizer, tiny_model, tmp_path, monkeypatch):
-    engines = SimpleNamespace(workers=[Script(tokenizer, ["is it 3", "9", "7", "4"])])
+    workers = [Script(tokenizer, ["is it 3", "9", "7", "4"])]
+    engines = SimpleNamespace(workers=workers, surviving=lambda work: work())
     monkeypatch.setattr(evaluate, "RolloutEngines", lambda *_, **__: engines)
     monkeypatch.setattr(evaluate, "start_ray", lambda *_: None)
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"number": {n}}}\n' for n in (7, 3, 1)))

@@ -265,8 +265,8 @@ _SPELLING = _table(
     """
 )
 _ROWS = re.compile(
-    r"([^,;=<>≤≥]*?)[(\[]?\\begin ?\{((?:[pbB]|small)?matrix|array|cases|aligned|align\*?|gathered)\}"
-    r"(?: ?\{[lcr| ]*\})?(.*)\\end ?\{\2\} ?[)\]]? ?(\^ ?\{?(?:T|\\top)\}?)?",
+    r"([^,;=<>≤≥]*?)([(\[]?)\\begin ?\{((?:[pbB]|small)?matrix|array|cases|aligned|align\*?|gathered)\}"
+    r"(?: ?\{[lcr| ]*\})?(.*)\\end ?\{\3\} ?[)\]]? ?(\^ ?\{?(?:T|\\top)\}?)?",
     re.S,
 )
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline ?\{(\d+)\}")
@@ -276,13 +276,14 @@ _LOOSE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
 
 def _fix_rows(match: re.Match[str]) -> str:
     """A system of equations as a list, a matrix as ⟦(a, b), (c, d)⟧, each cell times what stands in front."""
-    factor, kind, body, transposed = (match[1].strip(), *match.groups()[1:])
+    factor, bracket, kind, body, transposed = (match[1].strip(), *match.groups()[1:])
     body = re.sub(r"& ?([=<>≤≥])|(=) ?&", r"\1\2", body)
     rows = [row.split("&") for row in re.split(r"[\s,]*\\\\[\s,]*", body.strip(" ,").removesuffix("\\\\"))]
-    if "matrix" not in kind and "&" not in body:
-        return factor + ", ".join(row[0].strip() for row in rows)
+    if "matrix" not in kind and "&" not in body and not factor + bracket:
+        return ", ".join(row[0].strip() for row in rows)
     if len(set(map(len, rows))) != 1 or "\\begin" in factor + body:
         return match[0]
+    factor += "1" * (factor == "-")
     cells = [[f"({factor})({cell})" if factor else cell.strip() for cell in row] for row in rows]
     cells = list(zip(*cells, strict=True)) if transposed else cells
     return "⟦" + ", ".join("(" + ", ".join(row) + ")" if len(row) > 1 else row[0] for row in cells) + "⟧"

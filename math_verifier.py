@@ -908,6 +908,9 @@ def _same_value(gold: str, answer: str, algebra: bool) -> bool:
         return not _CHOICE.fullmatch(choice[2]) and compare(gold, choice[2], algebra)
     if units_differ(gold_unit, answer_unit) or ("\\text" in answer and "\\text" not in gold) or not gold or not answer:
         return False  # prose around a value is not a value
+    plain = [_LOOSE_SPACE.sub("", _bracketed(text)[1] if text[0] == "(" else text) for text in (gold, answer)]
+    if plain[0] == plain[1]:
+        return True
     gold_expr, answer_expr = _read_both(gold, answer, algebra)
     import sympy
 

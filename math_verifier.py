@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 TAIL_CHARS = 65_536
 MAX_BOX_CHARS = 2_000
@@ -45,7 +45,7 @@ def _walk(text: str) -> Iterator[tuple[int, str, int]]:
     """Every token (a character, or a backslash with the next one), where it is and how deep in brackets behind it."""
     depth = 0
     for match in _BRACKET.finditer(text):
-        depth += (match[0] in ("(", "[", "{", "\\{")) - (match[0] in (")", "]", "}", "\\}"))
+        depth += (match[0] in ("(", "[", "{", "\\{", "⟦")) - (match[0] in (")", "]", "}", "\\}", "⟧"))
         yield match.start(), match[0], depth
 
 
@@ -71,13 +71,16 @@ _SUBJECT = re.compile(
     r"^(?:(?! is | are |\b(?:not?|nor|never|except|hardly)\b|[,;=]).){1,200} "
     r"(?:is|are|equals):? +(?=[-+\d$\\(])(?!.* (?:is|are) )"
 )
-_FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]", re.S)
 _PERCENT = r"(?: ?\\?%| ?(?:percent|pct)\b)"
 _LAST_NUMBER = re.compile(rf"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?{_PERCENT}?")
 _PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}|[\u0400-\u1fff\u3040-\u9fff]{2}")
 _VALUE = re.compile(r"\d|\\(?!end|\])")
 _SAID = re.compile(r"(?i)\b(?:answer|solution|result)(?: is\b|:)|<answer>")
-_DISPLAY = re.compile(rf"{_FORMULA.pattern}|\*\*([^*\n]+)\*\*|\\begin\{{align\*?\}}(.+?)\\end\{{align", re.S)
+_DISPLAY = re.compile(
+    r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]|\*\*([^*\n]+)\*\*"
+    r"|\\begin\{align\*?\}(.+?)\\end\{align",
+    re.S,
+)
 _BROKEN_FORMULA = re.compile(r"\n\s*(?:\$|\\\))\s*\Z")  # TeX has no inline formula over several lines
 _NOTE = re.compile(r"(?<=[^\sa-zA-Z]) ?(?:\\approx|≈).*", re.S)
 
@@ -124,8 +127,7 @@ def _tidy_line(line: str) -> str:
     """The answer in a line of prose: without emphasis, "the answer is" and what follows the sentence."""
     line = _SENTENCE_END.split(line[:MAX_BOX_CHARS].strip().strip("*_ "), maxsplit=1)[0]
     line = _SUBJECT.sub("", line).strip(" *:=")
-    span = _FORMULA.fullmatch(line.rstrip(".,* "))
-    return "" if line in ("$$", "\\[") else span[span.lastindex].strip() if span else line
+    return "" if line in ("$$", "\\[") else _unwrap(line)
 
 
 def _last_statement(text: str) -> str | None:
@@ -262,15 +264,29 @@ _SPELLING = _table(
     (?<=\d) ?(USD|EUR|GBP)$  \\text{{~\1}}
     """
 )
-_ROWS = re.compile(r"\\begin ?\{(cases|aligned|align\*?|gathered|array)\}(?: ?\{c\})?(.*)\\end ?\{\1\}", re.S)
+_ROWS = re.compile(
+    r"([^,;=<>≤≥]*?)([(\[]?)\\begin ?\{((?:[pbB]|small)?matrix|array|cases|aligned|align\*?|gathered)\}"
+    r"(?: ?\{[lcr| ]*\})?(.*)\\end ?\{\3\} ?[)\]]? ?(\^ ?\{?(?:T|\\top)\}?)?",
+    re.S,
+)
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline ?\{(\d+)\}")
+# Spaces that mean nothing; 1 2 is not 12, nor 1 1/2 11/2.
 _LOOSE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
 
 
 def _fix_rows(match: re.Match[str]) -> str:
-    """A system of equations as a list; what has columns besides the sign of equality is a matrix."""
-    body = re.sub(r"& ?([=<>≤≥])|(=) ?&", r"\1\2", match[2])
-    return match[0] if "&" in body else re.sub(r"[\s,]*\\\\[\s,]*", ", ", body).strip(" ,")
+    """A system of equations as a list, a matrix as ⟦(a, b), (c, d)⟧, each cell times what stands in front."""
+    factor, bracket, kind, body, transposed = (match[1].strip(), *match.groups()[1:])
+    body = re.sub(r"& ?([=<>≤≥])|(=) ?&", r"\1\2", body)
+    rows = [row.split("&") for row in re.split(r"[\s,]*\\\\[\s,]*", body.strip(" ,").removesuffix("\\\\"))]
+    if "matrix" not in kind and "&" not in body and not factor + bracket:
+        return ", ".join(row[0].strip() for row in rows)
+    if len(set(map(len, rows))) != 1 or "\\begin" in factor + body:
+        return match[0]
+    factor += "1" * (factor == "-")
+    cells = [[f"({factor})({cell})" if factor else cell.strip() for cell in row] for row in rows]
+    cells = list(zip(*cells, strict=True)) if transposed else cells
+    return "⟦" + ", ".join("(" + ", ".join(row) + ")" if len(row) > 1 else row[0] for row in cells) + "⟧"
 
 
 def _fix_repeating(match: re.Match[str]) -> str:
@@ -316,13 +332,14 @@ def normalise(text: str) -> str:
         text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text).replace("¦", "|")
         for pattern, replacement in (_FONTS * 3 if "\\" in text else ()) + _SPELLING:
             text = pattern.sub(replacement, text)
-        text = _unwrap(_ROWS.sub(_fix_rows, _REPEATING.sub(_fix_repeating, text)))
+        text = _REPEATING.sub(_fix_repeating, text)
+        text = _unwrap(_fix_rows(rows) if (rows := _ROWS.fullmatch(text)) else text)
     return text
 
 
-def _squeeze(text: str) -> str:
-    """Without the spaces that mean nothing; `1 2` is not `12`, nor 1 1/2 11/2."""
-    return _LOOSE_SPACE.sub("", text)
+def _bare(text: str) -> str:
+    """The text without \\text{}."""
+    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
 
 
 # -- Numbers, exactly, and the units behind them ----------------------------------------------------------------------
@@ -397,6 +414,7 @@ def units_differ(gold: str, answer: str) -> bool:
 
 _DECIMAL = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
 _NUMBER = re.compile(rf"(?:(\d+) (?:and )?)?([-+]?) ?({_DECIMAL})(?: ?/ ?([-+]?) ?({_DECIMAL}))?")
+_POWER_OF_TEN = re.compile(r"^([\d.]+) ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?\{? ?([-+]?) ?(\d{1,3}) ?\}?$")
 _FRACTION = re.compile(r"(.*?)\\frac ?\{ ?([^{}]*?) ?\} ?\{ ?([^{}]*?) ?\}")
 
 
@@ -411,7 +429,7 @@ def parse_number(text: str) -> Fraction | None:
             sign, text = text[0], text[1:].lstrip()
     if fraction := _FRACTION.fullmatch(text):
         text = "{} {}/{}".format(*fraction.groups()).strip()
-    match = _NUMBER.fullmatch(text) if len(text) <= 1_000 else None
+    match = _NUMBER.fullmatch(_POWER_OF_TEN.sub(r"\1e\2\3", text)) if len(text) <= 1_000 else None
     if not match or not (bottom := Fraction(match[5] or 1)):
         return None
     value, negative = Fraction(match[3]) / bottom, sign + match[2] + (match[4] or "")
@@ -431,9 +449,6 @@ def _is_number(text: str) -> bool:
 _OR = re.compile(r",? ?(?:\\text\{ ?,? ?or ?,? ?\}|(?<![a-zA-Z\\])or(?![a-z])|\\(?:lor|vee)(?![a-zA-Z])) ?")
 _AND = re.compile(r",? ?(?:\\text\{ ?,? ?(?:and|&) ?,? ?\}|(?<![a-zA-Z\\])and(?![a-z])|\\(?:land|wedge)(?![a-zA-Z])) ?")
 _LOGIC = re.compile(r"\\(?:lor|vee|land|wedge)(?![a-zA-Z])")
-_MATRIX = re.compile(
-    r"(.*?)\\begin ?\{((?:[pbB]|small)?matrix|array|cases)\}(?: ?\{[lcr| ]*\})?(.*)\\end ?\{\2\}(.*)", re.S
-)
 _RELATIONS = "=<>≤≥≠"
 _FLIP = str.maketrans("<>≤≥", "><≥≤")
 # A text that names a set of reals: an inequality, a union, x \in ..., {x : ...}
@@ -441,17 +456,6 @@ _VARIABLE = re.compile(
     r"(?<![\\a-zA-Z])\(?([a-zA-Z](?:_\w)?)\)? ?(?:\\in(?![a-zA-Z]) ?|[<>≤≥≠=])|[<>≤≥≠=] ?([a-zA-Z](?:_\w)?)(?![a-zA-Z])"
 )
 _REAL_SET = re.compile(r"[<>≤≥≠∪∖]|\\in(?![a-zA-Z])|\\\{ ?[a-z] ?[:|]|^\(-∞,∞\)$")
-
-
-Items = Sequence[str]
-
-
-class Group(NamedTuple):
-    """Several values: kind is the two brackets ("()", "[)"), "list" for what has none, ":" or "matrix"."""
-
-    kind: str
-    items: Items
-    columns: int = 0  # of a matrix
 
 
 def _split(text: str, separators: str) -> tuple[list[str], str]:
@@ -467,7 +471,7 @@ def _bracketed(text: str) -> tuple[str, str]:
     if text.startswith("{") and text.endswith("}"):
         text = "\\" + text[:-1] + "\\}"
     kind = "{}" if text.startswith("\\{") and text.endswith("\\}") else text[:1] + text[-1:]
-    if kind not in ("{}", "()", "[]", "(]", "[)") or any(
+    if kind not in ("{}", "()", "[]", "(]", "[)", "⟦⟧") or any(
         depth <= 0 for _, _, depth in _walk(text[: -2 if kind == "{}" else -1])
     ):
         return "", text
@@ -475,58 +479,37 @@ def _bracketed(text: str) -> tuple[str, str]:
     return kind, text[size:-size].strip()
 
 
-def parse_group(text: str) -> Group | None:
-    """Read a normalised answer as a matrix, a tuple, a set, a ratio or a bare list; None for a single value."""
+def parse_group(text: str) -> tuple[str, list[str]] | None:
+    """Several values and their brackets, "list" for those without, ":" for a ratio; None for a single value."""
     kind, content = _bracketed(text)
-    if matrix := _MATRIX.fullmatch(content if kind else text):
-        return _matrix(matrix)
     if _LOGIC.search(text) and not all("=" in part for part in _OR.split(text)):
         return None
     if not kind and ":" in text and "," not in text:  # 3:2, 8:34 p.m.
-        parts = tuple(_split(text, ":")[0])
-        return Group(":", parts) if all(map(_is_number, parts)) else None
+        parts = _split(text, ":")[0]
+        return (":", parts) if all(map(_is_number, parts)) else None
     if kind not in ("", "{}") and "±" in content:
-        return Group("list", tuple(_signs(text)))
-    items = _list_items(content)
-    if kind == "{}" and (text.startswith("\\") or len(items) > 1):
-        return Group("{}", items)
-    return Group(kind or "list", items) if len(items) > 1 else None
-
-
-def _list_items(text: str) -> tuple[str, ...]:
-    """The items of a list. In `p=5,q=2; p=7,q=2` they are tuples, `x = 1, 2` is [1, 2], `1 ± x` is two items."""
-    rows = [_split(row, ",")[0] for row in _split(_AND.sub(";", _OR.sub(";", text)), ";")[0]]
-    if len(rows) > 1 and all(len(row) > 1 and _named(row) for row in rows):
-        return tuple("(" + ",".join(_named(row).values()) + ")" for row in rows)
+        return "list", _signs(text)
+    rows = [_split(row, ",")[0] for row in _split(_AND.sub(";", _OR.sub(";", content)), ";")[0]]
+    if len(rows) > 1 and all(len(row) > 1 and _named(row) for row in rows):  # p=5,q=2; p=7,q=2 are tuples
+        return "list", ["(" + ",".join(_named(row).values()) + ")" for row in rows]
     items = [signed for row in rows for item in row if item for signed in _signs(item)]
     if len(items) > 1 and "=" in items[0] and "=" not in "".join(items[1:]) and _is_name(items[0].partition("=")[0]):
-        items[0] = items[0].partition("=")[2].strip()
-    return tuple(items[: MAX_LIST_ITEMS + 1])
+        items[0] = items[0].partition("=")[2].strip()  # x = 1, 2
+    is_group = len(items) > 1 or kind == "⟦⟧" or (kind == "{}" and text.startswith("\\"))
+    return (kind or "list", items) if is_group else None
 
 
 def _signs(text: str) -> list[str]:
     """Write out `±`, each with both signs."""
-    pieces = text.split("±", 4)
-    choices = itertools.product("+-", repeat=len(pieces) - 1)
-    return ["".join(itertools.chain(*zip(pieces, (*signs, ""), strict=True))) for signs in choices]
+    if not 0 < text.count("±") < 5:
+        return [text]
+    return [written for sign in "+-" for written in _signs(text.replace("±", sign, 1))]
 
 
-def _named(items: Items) -> dict[str, str]:
+def _named(items: Sequence[str]) -> dict[str, str]:
     """{x: 1, y: 2} for [y = 2, x = 1]; {} if not all items have names of their own."""
     values = dict(sorted([part.strip() for part in item.partition("=")[::2]] for item in items))
     return values if len(values) == len(items) and all(map(_is_name, values)) else {}
-
-
-def _matrix(match: re.Match[str]) -> Group | None:
-    """Cells row by row, times what stands in front; a transposed row is a column."""
-    factor, _, body, power = (part.strip() for part in match.groups())
-    rows = [[cell.strip() for cell in row.split("&")] for row in body.removesuffix("\\\\").split("\\\\")]
-    transposed = re.fullmatch(r"\^\{?(?:T|\\top)\}?", power)
-    if len(set(map(len, rows))) != 1 or (power and not transposed) or "\\begin" in factor + body or "=" in factor:
-        return None
-    rows = list(zip(*rows, strict=True)) if transposed else rows
-    cells = tuple(f"({factor})({cell})" if factor else cell for row in rows for cell in row)
-    return Group("matrix", cells, len(rows[0]))
 
 
 # The left side of "name = value": what was asked for. Its arguments and subscripts do not matter.
@@ -547,12 +530,6 @@ def _is_name(text: str, simple: bool = False) -> bool:
     return bool(_NAME.fullmatch(bare)) and len(set(terms)) == len(terms) and not (simple and _OPERATION.search(bare))
 
 
-def _same_name(one: str, two: str) -> bool:
-    """Whether two names are the same: spaces and arguments do not matter, and y is f(x)."""
-    names = {re.sub(r"[\s{}\\]|text|\([^()]*\)$", "", text) for text in (one, two)}
-    return len(names) == 1 or ("y" in names and any(text.endswith("(x)") for text in (one, two)))
-
-
 def _assigned(sides: list[str], simple: bool) -> tuple[str, list[str]]:
     """The name and the values of `name = value = value`, written either way round; the name is "" if there is none."""
     if len(sides) > 1 and _is_name(sides[-1], simple) and not _is_name(sides[0], simple):
@@ -571,6 +548,7 @@ def _chain(text: str) -> tuple[list[str], str]:
 _WORDS = re.compile(r"(?=.*[A-Za-z]{3})(?![a-z]{3}$)[A-Za-z]+(?:(?:[' -]|, |\. ?)[A-Za-z]+)*[.!]?|\\text\{[^{}]*\}")
 _SHORT_WORDS = frozenset(["no", "yes", "odd", "all", "one", "two", "six", "ten", "any"])
 _PUNCTUATION = re.compile(r"(?:[\s.,;:!'\"()]|\band\b)+")
+_ARTICLE = re.compile(r"^(?:an?|the) (?=\w)")
 _CAPITALS = re.compile(r"[A-Z]{2,}")  # AC is an order or a name, so not CA
 # (B), B., Option B, and what a model puts behind it: (B) 12
 _CHOICE = re.compile(
@@ -579,7 +557,7 @@ _CHOICE = re.compile(
 _SECOND_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[B-J]|A(?! [a-z]))(?![A-Za-z])|(?<![a-z])or(?![a-z])")
 
 
-def _same_items(gold: Items, answer: Items, ordered: bool, algebra: bool) -> bool:
+def _same_items(gold: Sequence[str], answer: Sequence[str], ordered: bool, algebra: bool) -> bool:
     if len(gold) != len(answer) or len(gold) > MAX_LIST_ITEMS or not all(gold) or not all(answer):
         return False
     values, others = _named(gold), _named(answer)
@@ -596,11 +574,6 @@ def _same_items(gold: Items, answer: Items, ordered: bool, algebra: bool) -> boo
     return True
 
 
-def _bare(text: str) -> str:
-    """The text without \\text{}."""
-    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
-
-
 def compare(gold: str, answer: str, algebra: bool = False) -> bool:
     """Compare two answers by the policy. Raises UnparsableGold, and NeedsAlgebra where that is not allowed."""
     if "\\boxed" in gold:  # golds are used as they are; only a whole solution with a box is reduced to the box
@@ -614,7 +587,7 @@ def compare(gold: str, answer: str, algebra: bool = False) -> bool:
     gold_number, answer_number = parse_number(gold_core), parse_number(answer_core)
     if gold_number is not None and answer_number is not None:
         return gold_number == answer_number and not units_differ(gold_unit, answer_unit)
-    if _squeeze(_bare(gold)) == _squeeze(_bare(answer)):
+    if _LOOSE_SPACE.sub("", _bare(gold)) == _LOOSE_SPACE.sub("", _bare(answer)):
         return True
     if _too_complex(answer):
         return False
@@ -633,7 +606,7 @@ def _too_complex(text: str) -> bool:
         len(text) > MAX_STRUCTURE_CHARS
         or max(depth for *_, depth in _walk(text)) > MAX_NESTING
         or text.count("^") + text.count("\\frac") > 120
-        or text.count("!") > 8
+        or text.count("!") + text.count("≈") > 8
         or bool(_LARGE.search(text))
     )
 
@@ -672,79 +645,58 @@ def _compare_text(gold: str, answer: str, algebra: bool) -> bool | None:
     letters = [re.sub(r"[,\s]|\band\b", "", _bare(text)) for text in (gold, answer)]
     if all(map(_CAPITALS.fullmatch, letters)) and not ("," in gold and "," in answer):
         return letters[0] == letters[1]
-    if _is_text(gold) and (_is_text(answer) or not ("=" in answer or _AND.search(answer) or _OR.search(answer))):
-        return _plain(answer) == _plain(gold) != ""
+    words = [_WORDS.fullmatch(text) or text.lower() in _SHORT_WORDS for text in (gold, answer)]
+    if words[0] and (words[1] or not ("=" in answer or _AND.search(answer) or _OR.search(answer))):
+        plain = [_PUNCTUATION.sub(" ", _bare(text).lower()).strip() for text in (gold, answer)]
+        return _ARTICLE.sub("", plain[1]) == _ARTICLE.sub("", plain[0]) != ""
     return None
-
-
-def _is_text(text: str) -> bool:
-    return bool(_WORDS.fullmatch(text) or text.lower() in _SHORT_WORDS)
-
-
-def _plain(text: str) -> str:
-    """A textual answer in lower case without punctuation and article."""
-    return re.sub(r"^(?:an?|the) (?=\w)", "", _PUNCTUATION.sub(" ", _bare(text).lower()).strip())
 
 
 def _compare_groups(gold: str, answer: str, algebra: bool) -> bool | None:
     """Lists, tuples, intervals, matrices; None if neither is one."""
-    groups = parse_group(gold), parse_group(answer)
-    if None in groups:
-        group, other = (groups[0], answer) if groups[0] else (groups[1], gold)
-        # 5 is neither {4, 5} nor (4, 5); z = (4, 5) may be
-        return False if group and (group.kind in ("list", "{}") or "=" not in other) else None
-    kinds, items = {group.kind for group in groups}, [group.items for group in groups]
+    (kind, items), (other, others) = parse_group(gold) or ("", [gold]), parse_group(answer) or ("", [answer])
+    kinds = {kind, other}
+    if "" in kinds:  # 5 is neither {4, 5} nor (4, 5); z = (4, 5) may be
+        return None if kinds == {""} or ("=" in gold + answer and not kinds & {"list", "{}"}) else False
     if kinds <= {"list", "{}"}:
-        return _same_items(*items, False, algebra)
-    if kinds == {"{}", "()"} and 1 in map(len, items):  # {(1, 2)} and (1, 2)
-        items = [_list_items(_bracketed(item[0])[1]) if len(item) == 1 else item for item in items]
-    elif kinds == {"matrix", "()"}:  # a row or a column is a point
-        matrix = groups[groups[0].kind != "matrix"]
-        return matrix.columns in (1, len(matrix.items)) and _same_items(*items, True, algebra)
-    elif kinds == {"list", "()"}:
-        place = 0 if groups[0].kind == "list" else 1
-        if values := _named(items[place]):
-            items[place] = tuple(values.values())
-        elif (place == 1 and len(items[1]) == 2) or "=" in "".join(items[place]) or "∞" in "".join(items[place]):
+        return _same_items(items, others, False, algebra)
+    if "()" in kinds and kinds & {"{}", "⟦⟧"} and 1 in (len(items), len(others)):  # {(1, 2)} and (1, 2), or one row
+        return compare(*(i[0] if len(i) == 1 else t for i, t in ((items, gold), (others, answer))), algebra)
+    if kinds == {"list", "()"}:
+        bare = items if kind == "list" else others
+        if values := list(_named(bare).values()):
+            items, others = (values, others) if kind == "list" else (items, values)
+        elif (other == "list" and len(bare) == 2) or "=" in "".join(bare) or "∞" in "".join(bare):
             return False  # the ends of an interval are not the interval
-    elif len(kinds) == 2 and (kinds != {"()", "[]"} or len(items[0]) == 2):
+    elif len(kinds) == 2 and kinds != {"⟦⟧", "()"} and (kinds != {"()", "[]"} or len(items) == 2):
         return False  # the brackets of intervals matter
-    return groups[0].columns == groups[1].columns and _same_items(*items, True, algebra)
+    return _same_items(items, others, True, algebra)
 
 
 def _compare_chains(gold: str, answer: str, algebra: bool) -> bool:
     """Equations, inequalities, `name = value`; a text without a relation is a chain of one side."""
     (gold_sides, gold_signs), (answer_sides, answer_signs) = map(_chain, (gold, answer))
     if not gold_signs and not answer_signs:
-        return _compare_values(gold, answer, algebra)
+        return _same_value(gold, answer, algebra)
     if not all(gold_sides + answer_sides) or len(gold_sides + answer_sides) > 16:
         return False
     if set(gold_signs + answer_signs) == {"="}:
         gold_name, gold_values = _assigned(gold_sides, simple=True)
         name, values = _assigned(answer_sides, simple=bool(gold_signs))
-        if not gold_signs or (gold_name and (not answer_signs or (name and _same_name(gold_name, name)))):
+        # Spaces and arguments of a name do not matter, and y is f(x).
+        names = {re.sub(r"[\s{}\\]|text|\([^()]*\)$", "", text) for text in (gold_name, name)}
+        same_name = len(names) == 1 or ("y" in names and "(x)" in (gold_name[-3:], name[-3:]))
+        if not gold_signs or (gold_name and (not answer_signs or (name and same_name))):
             return all(compare(gold_values[-1], value, algebra) for value in values)
         if gold_name and name and _is_number(gold_values[-1]):
             return False  # x = 1 is not y = 1
     if gold_signs != answer_signs:
         return False
     ordered = gold_signs.strip("=") != ""
-    if _same_items(tuple(gold_sides), tuple(answer_sides), ordered, algebra):
+    if _same_items(gold_sides, answer_sides, ordered, algebra):
         return True
     differences = [f"({left})-({right})" for left, right in (gold_sides[:2], answer_sides[:2])]
     return len(gold_signs) == 1 and _proportional(*differences, gold_signs, algebra)
-
-
-def _compare_values(gold: str, answer: str, algebra: bool) -> bool:
-    """Two single values of which at least one is an expression: units and percent, then algebra."""
-    (gold, gold_unit), (answer, answer_unit) = split_unit(gold), split_unit(answer)
-    if (choice := _CHOICE.fullmatch(_bare(answer))) and choice[2]:  # (B) 5
-        return compare(gold, choice[2], algebra)
-    if units_differ(gold_unit, answer_unit) or ("\\text" in answer and "\\text" not in gold):
-        return False  # prose around a value is not a value
-    if not gold or not answer:
-        return False
-    return _same_value(gold, answer, algebra)
 
 
 # -- Algebra: only in a process that can be killed --------------------------------------------------------------------
@@ -789,10 +741,6 @@ def second_opinion(gold: str, text: str) -> str | None:
     return str(found[-1]) if right else None
 
 
-class _Unreadable(UnparsableGold):
-    """Not elementary algebra, or too large to evaluate."""
-
-
 _LARGE = re.compile(
     r"\^ ?\{? ?[-+]? ?\d{5}|\d{400}|\d{5} ?\}?\)? ?!|! ?!|\) ?! ?\) ?!|\\binom ?\{? ?\d{6}"
     r"|(?:\^ ?\{[^{}]{0,40}){4}|(?:\^ ?\(?\d+\)?){3}"
@@ -825,10 +773,11 @@ _EXPLICIT = _table(
     (?<=\d)(?<!\^\d) ?(?=\()|(?<=\)) ?(?=[\d(])  \\cdot~
     (\\(?:{_ELEMENTARY})(?![a-z]) ?{_RAISED})((?:\d|[a-z]|\\pi ?|\^\w|_\w)+)(?= ?(?:\\cdot|\\times|/))  \1(\2)
     \^ ?([-+] ?\w)  ^{{\1}}
+    (\\sqrt|\^) ?\(((?:[^()]|\([^()]*\))*)\)  \1{{\2}}
     """
 )
 _MISREAD = re.compile(
-    r"(?<![\\a-zA-Z])[a-zA-Z] ?\\times ?[a-zA-Z]|Q_\{\d+\} ?\\times|\d\s+\d"
+    r"(?<![\\a-zA-Z])[a-zA-Z] ?\\times ?[a-zA-Z]|Q_\{\d+\} ?\\times|\d\s+\d|(?:\\sqrt|\^) ?\("
     r"|[^\w\s\\+\-*/^(){}\[\]|!.=]|\b0 ?\^ ?\{? ?0|[\d)] ?_"
     r"|[A-Z] ?\^ ?\{? ?(?:T(?![a-z])|-1 ?\} ?[A-Z])|[A-Z] ?[A-Z] ?\^ ?\{ ?-1"  # matrices do not commute
 )
@@ -843,11 +792,11 @@ def _functions(algebra: bool, gold: str, answer: str) -> set[str]:
     """
     if not algebra:
         raise NeedsAlgebra
-    applied, of_gold = ([], [])
-    for letters, text in ((applied, f"{gold} ; {answer}"), (of_gold, gold)):
+    found = []
+    for text in (f"{gold} ; {answer}", gold):
         alone = re.findall(rf"({_LETTER})(?! ?\()", text)
-        letters += [letter for letter in re.findall(rf"({_LETTER})(?= ?\()", text) if letter not in alone]
-    return {*applied, *(letter for letter in of_gold if letter == "f" or of_gold.count(letter) > 1)}
+        found.append([letter for letter in re.findall(rf"({_LETTER})(?= ?\()", text) if letter not in alone])
+    return {*found[0], *(letter for letter in found[1] if letter == "f" or found[1].count(letter) > 1)}
 
 
 def _symbol(name: str) -> str:
@@ -858,7 +807,7 @@ def _symbol(name: str) -> str:
 
 
 def _read(text: str, functions: set[str]) -> Any:
-    """A sympy expression, or _Unreadable. Math-verify's parser reads it, once what it would misread is spelled out."""
+    """A sympy expression, read by math-verify's parser once what that would misread is spelled out."""
     if _TRIG.search(text):
         text = re.sub(r"(\d+(?:\.\d+)?|[a-z]|\))°", r"(\1\\cdot\\frac{\\pi}{180})", text)
     text = _ATOM.sub(lambda match: _symbol(match[0]), text.replace("°", ""))
@@ -867,9 +816,6 @@ def _read(text: str, functions: set[str]) -> Any:
     text = re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
     text = text.replace("]", ")") if "\\sqrt[" not in text else text
     text = re.sub(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", lambda match: " ".join(match[0]), text)  # tr is no trace
-    while match := re.search(r"(?:\\sqrt|\^) ?\(", text):  # plain notation
-        end = _closing(text, match.end() - 1)
-        text = text[: match.end() - 1] + "{" + text[match.end() : end] + "}" + text[end + 1 :] if end > 0 else "("
 
     def apply(match: re.Match[str]) -> str:  # f(2 + 1) and f(3) are the same symbol
         function = match[1].partition("_")[0] in functions
@@ -877,17 +823,17 @@ def _read(text: str, functions: set[str]) -> Any:
 
     text = _APPLIED.sub(apply, text)
     if _MISREAD.search(text) or not all(map(_KNOWN.fullmatch, re.findall(r"\\([a-zA-Z]+|.)", text))):
-        raise _Unreadable(text[:40])
+        raise UnparsableGold(text[:40])
     try:
         return _parse(text)
-    except (MemoryError, RecursionError, _Unreadable):
+    except (MemoryError, RecursionError, UnparsableGold):
         raise
     except Exception as error:  # whatever the parser raises, it did not read this
-        raise _Unreadable(text[:40]) from error
+        raise UnparsableGold(text[:40]) from error
 
 
 def _real_set(text: str, functions: set[str]) -> Any:
-    """A set of reals, or _Unreadable."""
+    """A set of reals, or UnparsableGold."""
     import sympy
 
     text = _VARIABLE.sub("", text, count=1) if "\\in" in text else text
@@ -898,7 +844,7 @@ def _real_set(text: str, functions: set[str]) -> Any:
         parts, _ = _split(_AND.sub(",", _OR.sub("∪", text)), sign)
         if len(parts) > 1:
             return combine(*(_real_set(part, functions) for part in parts))
-    if kind:
+    if kind and kind != "⟦⟧":
         values = [sympy.simplify(_read(value, functions)) for value in _split(content, ",;")[0]]
         ends = kind[0] == "(", kind[1] == ")"
         return sympy.FiniteSet(*values) if kind == "{}" else sympy.Interval(*values, *ends)
@@ -907,7 +853,7 @@ def _real_set(text: str, functions: set[str]) -> Any:
     values = [_read(side, functions) for side in sides]
     relation = sympy.And(*map(sympy.Rel, values[:-1], values[1:], operators))
     if len(relation.free_symbols) != 1:
-        raise _Unreadable(text[:40])
+        raise UnparsableGold(text[:40])
     return relation.as_set()
 
 
@@ -928,7 +874,7 @@ def _parse(text: str) -> Any:
     )
     expr = expr.doit() if expr.has(sympy.floor, sympy.ceiling) else expr
     if not isinstance(expr, sympy.Expr) or expr.has(sympy.nan, sympy.zoo):
-        raise _Unreadable(str(expr)[:40])
+        raise UnparsableGold(str(expr)[:40])
     return expr
 
 
@@ -938,7 +884,7 @@ def _read_both(gold: str, answer: str, algebra: bool) -> tuple[Any, Any]:
     gold_expr = _read(gold, functions)
     try:
         return gold_expr, _read(answer, functions)
-    except _Unreadable:
+    except UnparsableGold:
         return gold_expr, None
 
 
@@ -957,6 +903,14 @@ def _vanishes(expr: Any, point: dict[Any, Any]) -> bool | None:
 
 def _same_value(gold: str, answer: str, algebra: bool) -> bool:
     """Whether two expressions are the same: numbers by their digits, functions by sympy if two points do not differ."""
+    (gold, gold_unit), (answer, answer_unit) = split_unit(gold), split_unit(answer)
+    if (choice := _CHOICE.fullmatch(_bare(answer))) and choice[2]:  # (B) 5
+        return not _CHOICE.fullmatch(choice[2]) and compare(gold, choice[2], algebra)
+    if units_differ(gold_unit, answer_unit) or ("\\text" in answer and "\\text" not in gold) or not gold or not answer:
+        return False  # prose around a value is not a value
+    plain = [_LOOSE_SPACE.sub("", _bracketed(text)[1] if text[0] == "(" else text) for text in (gold, answer)]
+    if plain[0] == plain[1]:
+        return True
     gold_expr, answer_expr = _read_both(gold, answer, algebra)
     import sympy
 

@@ -227,18 +227,16 @@ class RewardServer:
         """The math verifier's exact verdict, else what a worker has to be asked."""
         return exact_verdict(text, row.expected_answer, self.lenient) if self.verifier == "math" else (text, raw)
 
-    def asks_judge(self, verdict: Verdict) -> bool:
-        """Whether there is a judge, and something for it to say."""
-        return bool(self.judge and verdict.extracted_answer and verdict.status in ("wrong", "unparsable_gold"))
-
-    def is_final(self, found: Verdict | tuple[str, bytes]) -> bool:
-        """Whether neither a worker nor the judge has to be asked."""
-        return isinstance(found, Verdict) and not self.asks_judge(found)
+    def is_open(self, found: Verdict | tuple[str, bytes]) -> bool:
+        """Whether a worker has to be asked, or the judge, who needs an answer that the rules did not find right."""
+        if not isinstance(found, Verdict):
+            return True
+        return bool(self.judge and found.extracted_answer and found.status in ("wrong", "unparsable_gold"))
 
     async def finish(self, found: Verdict | tuple[str, bytes], row: Any) -> Verdict:
         """The verdict, from a worker and, where the rules said no, from the judge."""
         verdict = found if isinstance(found, Verdict) else await self.ask_worker(*found)
-        if not self.asks_judge(verdict):
+        if not self.is_open(verdict):
             return verdict
         status, said = await self.judge.ask(row.question, row.expected_answer, verdict.extracted_answer)
         reason = "the judge gave no verdict" if status == "judge_failed" else None
@@ -267,7 +265,7 @@ class RewardServer:
             return await asyncio.get_running_loop().run_in_executor(self.threads, self.pool.run, text, row)
 
     async def verify_batch(self, request: Request) -> Response:
-        """Many at once: one result per item, in order."""
+        """Many at once: one result per item, in order. Raises HTTPException 429 if many batches wait."""
         items = decode(await self.read(request), Batch).items
         if len(items) > MAX_BATCH:
             raise HTTPException(413, f"a batch may hold {MAX_BATCH} items, this one holds {len(items)}: send several")
@@ -278,31 +276,28 @@ class RewardServer:
             raw = bytes(item.row) or msgspec.json.encode({"expected_answer": item.expected_answer})
             row = decode(raw, MathRow if self.verifier == "math" else AnyRow, "items", index)
             results.append(self.at_once(item.text, row, raw))
-            if not self.is_final(results[-1]):
+            if self.is_open(results[-1]):
                 waiting[index] = row
             if time.perf_counter() > slice_end:  # let other requests through
                 await asyncio.sleep(0)
                 slice_end = time.perf_counter() + 0.002
         if waiting:
-            await while_connected(request, self.finish_batch(results, waiting))
+            if self.places.locked():
+                raise HTTPException(429, "the verification queue is full, try again", {"Retry-After": "1"})
+            left = iter(waiting.items())
+
+            async def lane() -> None:  # a few at a time, so that others get a turn
+                for index, row in left:
+                    results[index] = await self.finish(results[index], row)
+
+            lanes = 32 if self.judge else max(1, self.pool.size - 1)
+            async with self.places:
+                with QUEUED.track_inprogress():
+                    await while_connected(request, asyncio.gather(*(lane() for _ in range(lanes))))
         for verdict in results:
             VERDICTS.labels(verdict.status).inc()
         fields = [{"reward": v.reward, "status": v.status, "extracted_answer": v.extracted_answer} for v in results]
         return Response(msgspec.json.encode({"results": fields}), media_type="application/json")
-
-    async def finish_batch(self, results: list[Any], waiting: dict[int, Any]) -> None:
-        """Finish what is waiting, a few at a time, so that others get a turn. Raises HTTPException 429 if many wait."""
-        if self.places.locked():
-            raise HTTPException(429, "the verification queue is full, try again", {"Retry-After": "1"})
-        left = iter(waiting.items())
-
-        async def lane() -> None:
-            for index, row in left:
-                results[index] = await self.finish(results[index], row)
-
-        async with self.places:
-            with QUEUED.track_inprogress():
-                await asyncio.gather(*(lane() for _ in range(32 if self.judge else max(1, self.pool.size - 1))))
 
     async def verify(self, request: Request) -> Response:
         """NeMo Gym's /verify: the request less `question`, plus the verdict. It waits; Gym would not ask again."""
@@ -312,7 +307,7 @@ class RewardServer:
         parts = [part for content in messages if isinstance(content, list) for part in content]
         text = "".join(part.text or "" for part in parts if part.type == "output_text")
         verdict = self.at_once(text, row, body)
-        if not self.is_final(verdict):
+        if self.is_open(verdict):
             verdict = await while_connected(request, self.finish(verdict, row))
         VERDICTS.labels(verdict.status).inc()
         failure = "judge_failed" if verdict.status == "judge_failed" else "verifier_error"

@@ -188,9 +188,9 @@ def work(connection: socket.socket, verifier: Callable[..., Any], deadline: floa
     """A worker's life: say who it is, then answer each line with a verdict."""
     stream = connection.makefile("rwb")
     confine()
-    limit = peak_mb() + MAX_GROWTH_MB
+    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + (MAX_GROWTH_MB << 10)
     reply = str(os.getpid()).encode()
-    while peak_mb() < limit:
+    while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < limit:
         signal.setitimer(signal.ITIMER_REAL, 0)
         stream.write(reply + b"\n")
         stream.flush()
@@ -231,11 +231,6 @@ def confine() -> None:
     os.nice(5)  # the server's event loop goes first
     sys.setrecursionlimit(3_000)
     sys.addaudithook(audit)
-
-
-def peak_mb() -> int:
-    """The most memory that this process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 if __name__ == "__main__":

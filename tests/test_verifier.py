@@ -89,6 +89,7 @@ NUMBERS = [
     ("1234", r"1,\!234", True),
     ("14400", r"14\,400", True),
     ("14400", "14 400", True),
+    ("14400", r"14 400\text{ cm}", False),  # a plain space separates only in a number that stands alone
     ("1234567", "1,234,567", True),
     ("1,234", "1234", True),
     ("1234", "12,34", False),
@@ -134,6 +135,8 @@ NUMBERS = [
     ("3540", r"3.54 × 10³", True),
     ("3540", r"3.54e3", True),
     ("3540", r"3.54e4", False),
+    ("3540", "3.54 x 10^3", True),
+    ("50", r"1/2 \cdot 10^2", True),
     ("1000000", "10^6", True),
     ("1000000", "10^{6}", True),
     ("1000000", "106", False),
@@ -590,6 +593,9 @@ SPELLINGS = [
     (r"\begin{pmatrix}1\\2\\3\end{pmatrix}", "(1,2,3)", True),
     (r"\begin{pmatrix}1\\2\\3\end{pmatrix}", "(1,3,2)", False),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\{1,2\}", False),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"1 \le x \le 2", False),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"-\begin{bmatrix}-1\\-2\end{bmatrix}", True),
+    (r"\begin{pmatrix}2\\4\end{pmatrix}", r"2\left(\begin{array}{c}1\\2\end{array}\right)", True),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "(1,2,3,4)", False),
     (r"\emptyset", r"\{\emptyset\}", False),
     (r"(0,\infty)", r"\{x \mid x > 0\}", True),
@@ -665,6 +671,8 @@ KINDS = [
     ("4", "∛64", True),
     ("4", r"\sqrt[3]64", True),
     (r"\sqrt{x+1}", "√(x+1)", True),
+    ("x^{2n+2}", "x^(2(n+1))", True),
+    ("x^{2n+2}", "x^(2((n+1)))", False),  # brackets in brackets in brackets, in plain notation
     (r"\frac{\sqrt{15}}{2}", "√15/2", True),
     # thousands beside anything
     ("24000", r"x = \$24,000", True),

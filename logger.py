@@ -195,7 +195,9 @@ class Logger:
             print(f" • best {name} accuracy {found[best]:.3f}, after step {best}")
         print(f" • python plot_run.py {self.dir} --output {self.dir / 'run.png'}")
         if checkpoint:
-            print(f" • python evaluate.py --model {checkpoint} --data {data}\n • vllm serve {checkpoint}", flush=True)
+            print(f" • python evaluate.py --model {checkpoint} --data {data}")
+            # what `vllm serve` does, which the CPU build's command cannot: it looks for a package named vllm
+            print(f" • python -m vllm.entrypoints.openai.api_server --model {checkpoint}", flush=True)
 
     def close(self) -> None:
         """Close everything; the last rows are written."""

@@ -146,7 +146,8 @@ def test_console_and_loggers(short_run, arithmetic_rows):
         few = [row for row in rollouts if (row["step"], row["split"]) == (m["step"], "validation few")]
         assert [row["prompt"] for row in few] == [0, 0, 0, 1, 1, 1]
         assert m["val:few:accuracy"] == pytest.approx(sum(row["reward"] for row in few) / 6)
-    assert done.stdout.splitlines()[-1] == f" • vllm serve {folder}/checkpoints/step_3"
+    serve = f" • python -m vllm.entrypoints.openai.api_server --model {folder}/checkpoints/step_3"
+    assert done.stdout.splitlines()[-1] == serve
 
 
 @pytest.mark.slow

@@ -196,7 +196,7 @@ class Logger:
         print(f" • python plot_run.py {self.dir} --output {self.dir / 'run.png'}")
         if checkpoint:
             print(f" • python evaluate.py --model {checkpoint} --data {data}")
-            # what `vllm serve` does, which the CPU build's command cannot: it looks for a package named vllm
+            # `vllm serve` does the same, but fails in the CPU build, which has another package name than it looks for.
             print(f" • python -m vllm.entrypoints.openai.api_server --model {checkpoint}", flush=True)
 
     def close(self) -> None:

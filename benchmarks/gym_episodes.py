@@ -29,7 +29,7 @@ from gym import plain  # noqa: E402
 
 GYM_PYTHON = os.environ.get("GYM_PYTHON", str(ROOT / ".venv-gym" / "bin" / "python"))
 CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "sf"}}</tool_call>'
-FOLDERS = {"weather": "example_single_tool_call", "turns": "example_multi_turn_gymnasium", "blackjack": "blackjack"}
+FOLDERS = {"weather": "example_single_tool_call", "turns": "example_multi_turn_gymnasium"}
 METRICS = ("reward", "gen_kl_error", "grad_norm", "mean_turns", "num_tool_calls", "num_masked_tokens", "num_unverified")
 
 

@@ -1,10 +1,9 @@
-"""SmolLM2-135M-Instruct learns an environment of several turns of NeMo Gym, on one GPU.
+"""SmolLM2-135M-Instruct learns an environment of two turns of NeMo Gym, on one GPU.
 
-    GYM_PYTHON=.venv-gym/bin/python python benchmarks/gym_smollm2.py ENVIRONMENT MODEL_FOLDER OUTPUT_FOLDER [KEY=VALUE]
+    GYM_PYTHON=.venv-gym/bin/python python benchmarks/gym_smollm2.py MODEL_FOLDER OUTPUT_FOLDER [KEY=VALUE]
 
-ENVIRONMENT: turns (example_multi_turn_gymnasium with sums of ours: a sum, then a number to add to it) or blackjack.
-A model this small needs to be shown the form of an answer, so some shown turns stand before the first one. In blackjack
-their actions are drawn at random: hitting at random earns about -0.35 a game, never hitting -0.18, below 17 -0.08.
+The environment is example_multi_turn_gymnasium, with sums of ours: a sum, then a number to add to it. So small a model
+needs to be shown the form of an answer, so three such pairs of turns stand before the first question.
 OUTPUT_FOLDER gets environment.json, console.txt, metrics.jsonl, episodes of each step (rollouts.jsonl) and Gym's log.
 """
 
@@ -19,10 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.environment import environment  # noqa: E402 - the scripts lie beside this folder
-from benchmarks.gym_episodes import example_rows, gym_servers  # noqa: E402
+from benchmarks.gym_episodes import gym_servers  # noqa: E402
 
 ROWS = 800  # 50 steps of 16
-VALUES = {**{str(n): n for n in range(2, 11)}, "J": 10, "Q": 10, "K": 10}  # without the ace, which counts 1 or 11
 
 
 def answered(question: str, answer: str) -> list[dict[str, str]]:
@@ -44,42 +42,21 @@ def turns_row(rng: random.Random) -> dict:
     return made | {"follow_ups": [follow_up["content"]], "expected_answer": expected}
 
 
-def shown_hand(rng: random.Random, action: str) -> list[dict[str, str]]:
-    """A turn in the environment's words and its answer."""
-    first, second, dealer = rng.choices(list(VALUES), k=3)
-    seen = (
-        f"Your hand: [{first}, {second}] = {VALUES[first] + VALUES[second]}\nDealer shows: {dealer}\n"
-        "Respond with <action>hit</action> or <action>stand</action>."
-    )
-    return answered(seen, f"<action>{action}</action>")
-
-
-def blackjack_row(rng: random.Random) -> dict:
-    """Gym's example row after four shown hands."""
-    row = example_rows("blackjack")[0]
-    system, deal = row["responses_create_params"]["input"]
-    actions = rng.sample(["hit", "hit", "stand", "stand"], k=4)
-    shown = [message for action in actions for message in shown_hand(rng, action)]
-    row["responses_create_params"]["input"] = [system, *shown, deal]
-    return row
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("environment", choices=("turns", "blackjack"))
     parser.add_argument("model", type=Path)
     parser.add_argument("output", type=Path)
     args, overrides = parser.parse_known_args()
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
     with tempfile.TemporaryDirectory() as folder, gym_servers(args.output / "gym.txt") as (urls, address):
-        rng, row = random.Random(0), {"turns": turns_row, "blackjack": blackjack_row}[args.environment]
-        Path(folder, "rows.jsonl").write_text("".join(json.dumps(row(rng)) + "\n" for _ in range(ROWS)))
+        rng = random.Random(0)
+        Path(folder, "rows.jsonl").write_text("".join(json.dumps(turns_row(rng)) + "\n" for _ in range(ROWS)))
         command = [
             sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "recipes" / "smollm2-arithmetic.yaml"),
             f"policy.model_name={args.model.resolve()}", f"logger.log_dir={args.output.resolve()}",
             f"data.train_jsonl_fpath={folder}/rows.jsonl", "data.validation_jsonl_fpath=null",
-            f"env.gym_url={urls[args.environment + '_agent']}", f"env.gym_model_address={address}",
+            f"env.gym_url={urls['turns_agent']}", f"env.gym_model_address={address}",
             "checkpointing.enabled=false", "grpo.num_prompts_per_step=8", "policy.train_global_batch_size=128",
             "grpo.max_num_steps=50", "grpo.max_num_epochs=1", "policy.optimizer.lr=2e-5",
             "policy.scheduler.warmup_steps=5", "policy.dtensor_cfg.compile_layers=false",

@@ -33,8 +33,6 @@ def servers(model_urls: list[str]) -> dict[str, tuple[str, str, dict]]:
         "turns": ("resources_servers", "example_multi_turn_gymnasium", {}),
         "turns_agent": ("responses_api_agents", "gymnasium_agent", agent("turns", max_steps=5)),
         "weather": ("resources_servers", "example_single_tool_call", {}),
-        "blackjack": ("resources_servers", "blackjack", {}),
-        "blackjack_agent": ("responses_api_agents", "gymnasium_agent", agent("blackjack", max_steps=5)),
         "weather_agent": ("responses_api_agents", "simple_agent", agent("weather", max_steps=4)),
     }
 

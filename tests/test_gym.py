@@ -185,7 +185,8 @@ def test_lost_episodes_are_masked_and_the_others_go_on(episodes, tmp_path, capsy
 
 def test_evaluation_plays_the_same_episodes(tokenizer, tiny_model, tmp_path, monkeypatch):
     workers = [Script(tokenizer, ["is it 3", "9", "7", "4"])]
-    engines = SimpleNamespace(workers=workers, surviving=lambda work: work())
+    outlived = []  # what was played where an engine may die
+    engines = SimpleNamespace(workers=workers, surviving=lambda work: outlived.append(work()) or outlived[-1])
     monkeypatch.setattr(evaluate, "RolloutEngines", lambda *_, **__: engines)
     monkeypatch.setattr(evaluate, "start_ray", lambda *_: None)
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"number": {n}}}\n' for n in (7, 3, 1)))
@@ -196,6 +197,7 @@ def test_evaluation_plays_the_same_episodes(tokenizer, tiny_model, tmp_path, mon
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").open()]
     assert [(s["row"], s["reward"]) for s in samples] == [(0, 0.5), (0, 0.5), (1, 1), (1, 1), (2, 0), (2, 0)]
     assert samples[2]["text"] == "is it 3<|im_end|>"
+    assert [len(found) for found in outlived] == [6]
 
 
 @pytest.mark.slow

@@ -146,6 +146,7 @@ NUMBERS = [
     (r"\approx 3.14", r"\pi", True),
     (r"\approx 3.14", "3.14159", True),
     (r"\approx 3.14", "3.15", False),
+    (r"\approx 3.14", r"-\pi", False),
     ("3.3", r"\frac{10}{3}", False),
     ("3.5", "3.46", False),
     ("3.14", "3.1", False),

@@ -250,20 +250,6 @@ def test_the_end_token_is_trained_on_where_the_model_stopped(start_run, tiny_mod
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
-def test_tokens_of_the_environment_are_not_trained_on(start_run):
-    """Two of seven: loss, and the gradient's size, are those where the same tokens have no log-probability."""
-    run, found = start_run("policy.optimizer.lr=0", "policy.max_grad_norm=1e9"), []
-    for masked in (True, False):
-        samples = [sample(0, [7], [40, 41, 42, 43], False, 1.0), sample(0, [9], [40, 41, 42], False, 0.0)]
-        if masked:
-            samples[0].mask, samples[1].mask = np.array([True, False, True, True]), np.array([True, True, False])
-        else:
-            samples[0].rollout_logprobs[1] = samples[1].rollout_logprobs[2] = np.nan
-        found.append(update_policy(run, samples, torch.tensor([1.0, -0.5])))
-    assert found[0]["loss"] == pytest.approx(-(3 * 1.0 - 2 * 0.5) / 5, rel=1e-6)
-    assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-6)
-
-
 def test_nonfinite_engine_logprobs_are_masked_and_counted(start_run):
     """Two of seven tokens have none: the others are a batch of five."""
     run = start_run("policy.optimizer.lr=0")

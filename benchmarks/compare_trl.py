@@ -1,14 +1,14 @@
 """The same job in this code base and in TRL's GRPOTrainer, on the same GPU, one after the other.
 
     python benchmarks/compare_trl.py MODEL_FOLDER OUTPUT_FOLDER [--recipe FILE] [--data FOLDER] [--steps 60]
-        [--seconds 500] [--micro-batch 512] [--ours METRICS] [--keep FOLDER]
+        [--seconds 400] [--micro-batch 512] [--ours METRICS] [--save-every STEPS]
 
 Prompts, group, lengths and learning rate are those of the recipe, recipes/smollm2-arithmetic.yaml unless another is
 named; its rows are made here, those of another lie in `--data`.
 TRL is set as its documentation advises for speed: colocated vLLM, bfloat16, no activation checkpointing, fused
 AdamW, the largest micro-batch that fits (halved from `--micro-batch` on when memory runs out), no importance-sampling
 pass, since ours has none either. Both make one optimizer step per batch, with the same loss denominator (all tokens of
-the batch) and verifier. TRL's training ends after `--seconds`, and `--keep` saves its model. `--ours`: take our side
+the batch) and verifier. TRL's training ends after `--seconds`; with `--save-every` its models stay in OUTPUT_FOLDER/trl. `--ours`: take our side
 from the metrics.jsonl of a run with the same settings, such as one on the machine's other GPU at the same time; it is
 read when TRL has finished.
 OUTPUT_FOLDER gets compare_trl.json: `ratio` of the median seconds per step (without the first five), and for each side
@@ -91,7 +91,8 @@ def trl(args: argparse.Namespace) -> list[dict[str, float]]:
         num_generations=group, temperature=1.0, max_completion_length=cfg.policy.generation.max_new_tokens, beta=0.0,
         loss_type="dapo", scale_rewards="group", use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.3,
         vllm_max_model_length=cfg.policy.max_total_sequence_length, vllm_importance_sampling_correction=False,
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=42,
+        logging_steps=1, report_to="none", disable_tqdm=True, seed=42, save_only_model=True,
+        save_strategy="steps" if args.save_every else "no", save_steps=args.save_every or 1,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=args.model,
@@ -101,8 +102,6 @@ def trl(args: argparse.Namespace) -> list[dict[str, float]]:
         callbacks=[Clock()],
     )
     trainer.train()
-    if args.keep:
-        trainer.save_model(str(args.keep))
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     spans = zip(ended[:-1], ended[1:], rewards, strict=True)
     return [{"at_s": end - ended[0], "step_s": end - began, "reward": reward} for began, end, reward in spans]
@@ -136,7 +135,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the recipe's train.jsonl; default: made here")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=400, help="of TRL's training")
-    parser.add_argument("--keep", type=Path, help="folder for TRL's model")
+    parser.add_argument("--save-every", type=int, metavar="STEPS", help="keep TRL's model every so many steps")
     parser.add_argument("--ours", type=Path, metavar="METRICS", help="metrics.jsonl of our side, run elsewhere")
     parser.add_argument("--trl", type=Path, help=argparse.SUPPRESS)  # this process is TRL's; where its steps go
     parser.add_argument("--micro-batch", type=int, default=512, help="the largest to try in TRL")

@@ -8,9 +8,9 @@ named; its rows are made here, those of another lie in `--data`.
 TRL is set as its documentation advises for speed: colocated vLLM, bfloat16, no activation checkpointing, fused
 AdamW, the largest micro-batch that fits (halved from `--micro-batch` on when memory runs out), no importance-sampling
 pass, since ours has none either. Both make one optimizer step per batch, with the same loss denominator (all tokens of
-the batch) and verifier. TRL's training ends after `--seconds`; with `--save-every` its models stay in OUTPUT_FOLDER/trl. `--ours`: take our side
-from the metrics.jsonl of a run with the same settings, such as one on the machine's other GPU at the same time; it is
-read when TRL has finished.
+the batch) and verifier. TRL's training ends after `--seconds`; with `--save-every` its models stay in
+OUTPUT_FOLDER/trl. `--ours`: take our side from the metrics.jsonl of a run with the same settings, such as one on the
+machine's other GPU at the same time; it is read when TRL has finished.
 OUTPUT_FOLDER gets compare_trl.json: `ratio` of the median seconds per step (without the first five), and for each side
 seconds and reward of every step.
 """

@@ -69,7 +69,9 @@ class GRPO:
     max_num_epochs: int = key(1, "passes over the training rows", least=1)
     max_num_steps: int = key(1_000_000, "stop after this many steps", least=1)
     normalize_rewards: bool = key(True, "divide advantages by the group's standard deviation")
-    use_leave_one_out_baseline: bool = key(True, "baseline and deviation of a sample exclude the sample itself")
+    use_leave_one_out_baseline: bool = key(
+        True, "a sample's mean and deviation exclude itself: an only right answer of 16 gets 1.0, two of them 3.6 each"
+    )
     overlong_filtering: bool = key(False, "mask responses cut off at max_new_tokens out of the loss")
     use_dynamic_sampling: bool = key(False, "keep sampling until the batch is full of groups with different rewards")
     dynamic_sampling_max_gen_batches: int = key(10, "most batches of prompts to draw for one step", least=1)

@@ -70,7 +70,7 @@ def trl(args: argparse.Namespace) -> list[dict[str, float]]:
 
     cfg = load_config(str(args.recipe), [])
     group, samples = cfg.grpo.num_generations_per_prompt, cfg.samples_per_step
-    lines = [json.loads(line) for line in (args.data / "train.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (args.data / "train.jsonl").open()]
     rows = [{"prompt": r["responses_create_params"]["input"], "expected_answer": r["expected_answer"]} for r in lines]
     ended: list[float] = []
 

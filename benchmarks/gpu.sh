@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Regenerate the GPU results, a part at a time (each has its own time limit: one failure does not cost the rest):
 #   bash benchmarks/gpu.sh PART MODEL_FOLDER OUTPUT_FOLDER
-# PART: tests | arithmetic | engines | variants | mismatch | trl | profile | speed | speed-4b | two | recipe | node.
+# PART: tests | arithmetic | engines | variants | baseline | mismatch | trl | profile | speed | speed-4b | two | recipe | node.
 # MODEL_FOLDER: SmolLM2-135M-Instruct.
 # speed-4b needs one GPU with 141 GB, two and recipe need two, node takes all there are, the others one with 80 GB.
 set -uo pipefail
@@ -47,6 +47,7 @@ profile) # of updates: SmolLM2 as on arithmetic, where about 150 of 512 answers 
     timeout 150 "$python" benchmarks/profile_update.py "$model" --sequences 150 --prompt-tokens 185 \
         --answer-tokens 30 > "$out/profile-smollm2.txt" 2>&1
     timeout 200 "$python" benchmarks/profile_update.py qwen3-0.6b > "$out/profile-qwen3-0.6b.txt" 2>&1 ;;
+baseline) timeout 3000 "$python" benchmarks/baseline.py "$model" "$out/baseline" ;; # six runs of four minutes
 trl) timeout 590 "$python" benchmarks/compare_trl.py "$model" "$out" ;;
 speed)
     speed qwen3-0.6b qwen3-0.6b-1

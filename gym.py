@@ -250,9 +250,9 @@ class Episodes:
                 said = f"{self.run_url} answered {response.status}: {(await response.text())[:300]}"
                 raise RunError(said) if refused else RuntimeError(said)
             reply = await response.json(content_type=None)
+        if reply.get("failure"):  # beside a "result" that is null
+            raise RuntimeError(reply["failure"]["failure_reason"])
         reply = reply.get("result", reply)
-        if "failure" in reply:
-            raise RuntimeError(str(reply["failure"]))
         return reply["response"]["output"], reply
 
     # ---- the model's turns

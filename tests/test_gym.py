@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,19 @@ def gym():
         urls = next(line for line in process.stdout if line.startswith("{"))
         yield json.loads(urls) | {"policy": address}
         process.kill()
+
+
+@pytest.fixture
+def adapter(gym):
+    """Our reward server where Gym's servers look for it, started as Gym starts it: by the adapter's script."""
+    place = {"host": "127.0.0.1", "port": int(gym["reward_server"].rpartition(":")[2])}
+    config = {"reward_server": {"resources_servers": {"reward_server": place}}}
+    environment = {"NEMO_GYM_CONFIG_DICT": json.dumps(config), "NEMO_GYM_CONFIG_PATH": "reward_server"}
+    command = [sys.executable, str(ROOT / "examples/gym_adapter/resources_servers/reward_server/app.py")]
+    with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("reward server listening on")
+        yield
+        process.terminate()
 
 
 def example_rows(gym_folder: str) -> list[dict]:
@@ -302,6 +316,25 @@ def test_turns_and_tools_of_gym(gym, episodes, tokenizer, capsys):
         played.play([{"number": 7}], 1, 0, lambda: None)
     with pytest.raises(ConfigError, match="/run answered 404; it must be an environment server or an agent"):
         episodes(said, urls, f"env.gym_url={gym['weather']}")
+
+
+@needs_gym
+@pytest.mark.slow
+def test_our_verifier_in_an_environment_server_of_gym(gym, adapter, episodes, tokenizer, capsys):
+    """Gym's single_agent_turn opens, verifies and closes sessions of our server."""
+    urls = [f"env.gym_url={gym['reward_server_environment']}", f"env.gym_model_address={gym['policy']}"]
+    played = episodes(["Answer: 20"], *urls)  # nothing is boxed: Gym's own verifier would not pay
+    row = {"responses_create_params": {"input": "What is 12 + 8?"}, "question": "What is 12 + 8?"}
+    inputs = [row | {"expected_answer": gold} for gold in ("20", "16", "")]
+    inputs.append(row)  # which has no expected_answer
+    rows = [{"task_id": {"taskset": "sums", "task_id": str(i)}, "task_input": task} for i, task in enumerate(inputs)]
+    found = played.play(rows, 1, 0, lambda: None)
+    assert [e.reward for e in found] == [1.0, 0.0, 0.0, 0.0]
+    assert [e.status for e in found] == ["correct", "wrong", "masked", "lost"]
+    assert tokenizer.decode(found[1].response_ids[found[1].mask]) == "Answer: 20<|im_end|>"
+    assert re.search(r"1 of 4 episodes lost; one: RuntimeError: 422, .*/verify'", capsys.readouterr().err)
+    with pytest.raises(RunError, match="/run answered 422: .*episode_id"):  # a row that is not materialized
+        played.play([row | {"expected_answer": "20"}], 1, 0, lambda: None)
 
 
 @needs_gym

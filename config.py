@@ -92,6 +92,7 @@ class GRPO:
 class LossFn:
     variant: str = key("grpo", "how ratios and lengths enter the loss", among="grpo dr_grpo cispo gspo dppo")
     reference_policy_kl_penalty: float = key(0.0, "beta of the k3 KL to the starting model; 0: none is loaded", least=0)
+    entropy_coef: float = key(0.0, "weight of the tokens' exact entropy as a bonus; 0: it is not computed", least=0)
     ratio_clip_min: float = key(0.2, "ratio is clipped below 1 - this", least=0)
     ratio_clip_max: float = key(0.2, "ratio is clipped above 1 + this", least=0)
     ratio_clip_c: float | None = key(None, "dual clip: bounds the loss where the advantage is negative", above=1)

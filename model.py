@@ -26,6 +26,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -349,6 +350,20 @@ class TokenLogprobs(torch.autograd.Function):
         return logits_TV
 
 
+def token_entropy(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Entropy [T], in nats, of the distributions that hidden [T, D] and the head's weight [V, D] give, with gradient.
+
+    HEAD_CHUNK tokens at a time, whose logits are computed again in the backward pass. Logits have the type of `hidden`.
+    """
+
+    def of_chunk(part: torch.Tensor) -> torch.Tensor:
+        logprobs_TV = ((part @ weight.t()).float() / temperature).log_softmax(-1)
+        return -(logprobs_TV.exp() * logprobs_TV).sum(-1)
+
+    parts = [hidden[part] for part in TokenLogprobs.chunks(len(hidden))]
+    return torch.cat([checkpoint(of_chunk, part, use_reentrant=False) for part in parts])
+
+
 def float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b with float32 sums and float32 result."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -368,7 +383,7 @@ def add_float32_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -
 
 
 class LogprobModel(nn.Module):
-    """A Hugging Face causal LM whose forward returns log-probabilities of chosen tokens, never the whole logits.
+    """A Hugging Face causal LM whose forward returns facts about the response tokens, never the whole logits.
 
     One module, so that FSDP gathers embedding, final norm and LM head (tied or not) around the whole forward pass.
     """
@@ -378,11 +393,14 @@ class LogprobModel(nn.Module):
         super().__init__()
         self.lm, self.keep_logits = lm, keep_logits
 
-    def forward(self, mb: MicroBatch, temperature: float) -> torch.Tensor:
-        """Log-probabilities [T] of `mb.target_T` in float32, after temperature."""
+    def forward(
+        self, mb: MicroBatch, temperature: float, with_entropy: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """In float32, after temperature: log-probabilities [T] of `mb.target_T`, and entropies [T] if asked for."""
         keep = self.keep_logits and torch.is_grad_enabled()
-        hidden = packed_hidden(self.lm, mb)
-        return TokenLogprobs.apply(hidden, self.lm.lm_head.weight, mb.target_T, temperature, keep)
+        hidden, weight = packed_hidden(self.lm, mb), self.lm.lm_head.weight
+        logprobs_T = TokenLogprobs.apply(hidden, weight, mb.target_T, temperature, keep)
+        return logprobs_T, token_entropy(hidden, weight, temperature) if with_entropy else None
 
 
 def packed_hidden(lm: nn.Module, mb: MicroBatch) -> torch.Tensor:

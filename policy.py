@@ -135,19 +135,25 @@ class PolicyWorker(WeightSender):
         return [[i for part in micro_batch for i in parts[part]] for micro_batch in mine]
 
     def update(
-        self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any], trace: str | None = None
+        self,
+        batch: Sequences,
+        loss_fn: Callable,
+        loss_kwargs: dict[str, Any],
+        trace: str | None = None,
+        with_entropy: bool = False,
     ) -> dict[str, float]:
         """One optimizer step on `batch` (the global one; each rank takes its share).
 
         `loss_fn(logprobs_T, sequence_T=, **per-token and per-sequence arrays, **loss_kwargs)` returns a loss that is
-        already divided by global counts, and a dict of sums (names ending in _min or _max: extrema). Returns those of
-        the whole batch, and STEP_FACTS. With `trace` rank 0 writes a profile of the step there. Where the gradient is
-        not finite the weights stay as they were, and `grad_norm` says so.
+        already divided by global counts, and a dict of sums (names ending in _min or _max: extrema). `with_entropy`: it
+        also gets `entropy_T`, with gradient. Returns those of the whole batch, and STEP_FACTS. With `trace` rank 0
+        writes a profile of the step there. Where the gradient is not finite the weights stay as they were, and
+        `grad_norm` says so.
         """
         with profiled(trace if self.rank == 0 else None):
             micro_batches = [batch.take(indices) for indices in self._micro_batches(batch)]
             while True:
-                totals = self._gradients(micro_batches, loss_fn, loss_kwargs)
+                totals = self._gradients(micro_batches, loss_fn, loss_kwargs, with_entropy)
                 grad_norm = clip_gradients(self.weights, self.cfg.max_grad_norm, self.loss_scale)
                 metrics = reduce_metrics(totals, self.mesh["dp"].get_group())
                 finite = torch.isfinite(grad_norm).item()  # the same on every rank
@@ -179,7 +185,7 @@ class PolicyWorker(WeightSender):
             self.loss_scale, self.steps_at_scale = self.loss_scale * 2, 0
 
     def _gradients(
-        self, micro_batches: list[Sequences], loss_fn: Callable, loss_kwargs: dict[str, Any]
+        self, micro_batches: list[Sequences], loss_fn: Callable, loss_kwargs: dict[str, Any], with_entropy: bool = False
     ) -> dict[str, torch.Tensor]:
         """Leave the batch's gradients, times `loss_scale`, in the parameters; returns this rank's metrics."""
         totals: dict[str, torch.Tensor] = {}
@@ -190,7 +196,9 @@ class PolicyWorker(WeightSender):
                 last = i == len(micro_batches) - 1
                 self.model.set_requires_gradient_sync(last)  # reduce gradients once per optimizer step
                 self.model.set_reshard_after_backward(last or self.cfg.dtensor_cfg.reshard_after_forward)
-            logprobs_T = self.model(mb, self.cfg.generation.temperature)
+            logprobs_T, entropy_T = self.model(mb, self.cfg.generation.temperature, with_entropy)
+            if with_entropy:
+                mb.extras_T["entropy_T"] = entropy_T
             loss, metrics = loss_fn(logprobs_T, sequence_T=mb.sequence_T, **mb.extras_T, **loss_kwargs)
             (loss * scale).backward()
             merge_metrics(totals, metrics)
@@ -208,7 +216,7 @@ class PolicyWorker(WeightSender):
         with self._starting_weights() if reference else nullcontext():
             for indices in self._micro_batches(batch):
                 mb = MicroBatch.build(batch.take(indices), self.device, self.kernels)
-                logprobs_T = self.model(mb, self.cfg.generation.temperature).cpu().numpy()
+                logprobs_T = self.model(mb, self.cfg.generation.temperature)[0].cpu().numpy()
                 ends = np.cumsum([len(batch.response_ids[i]) for i in indices])
                 found |= dict(zip(indices, np.split(logprobs_T, ends)[:-1], strict=True)) if indices else {}
             # Without a backward pass gathered weights would outlive the next update.
@@ -424,12 +432,17 @@ class Policy(Actors):
         return ray.get(self.workers[0].gpu.remote(), timeout=self.timeout_s)
 
     def update(
-        self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any], trace: str | None = None
+        self,
+        batch: Sequences,
+        loss_fn: Callable,
+        loss_kwargs: dict[str, Any],
+        trace: str | None = None,
+        with_entropy: bool = False,
     ) -> dict[str, float]:
         """One optimizer step; metrics as `PolicyWorker.update` gives them, the same on every rank."""
         if loss_fn is not self._loss_fn:  # pickling a function of the main script takes milliseconds: once is enough
             self._loss_fn, self._loss_ref = loss_fn, ray.put(loss_fn)
-        return self.all("update", ray.put(batch), self._loss_ref, loss_kwargs, trace)[0]
+        return self.all("update", ray.put(batch), self._loss_ref, loss_kwargs, trace, with_entropy)[0]
 
     def logprobs(self, batch: Sequences, reference: bool = False) -> list[np.ndarray]:
         """Log-probabilities of every response token, in the order of `batch`, under the present or starting weights."""

@@ -87,8 +87,8 @@ def group_advantages(
     return advantages_S
 
 
-# A sample without advantage has no gradient in this loss, unless there is a KL term, and is left out of the update. Set
-# this to True with a term of your own that is there for every sample, such as entropy, length or a supervised loss.
+# A sample without advantage has no gradient in this loss, unless there is a KL or entropy term, and is left out of the
+# update. Set this to True with a term of your own that is there for every sample, such as length or a supervised loss.
 LOSS_NEEDS_ALL_SAMPLES = False
 
 
@@ -100,6 +100,7 @@ def grpo_loss(
     rollout_logprobs_T: torch.Tensor,
     old_logprobs_T: torch.Tensor | None = None,
     ref_logprobs_T: torch.Tensor | None = None,
+    entropy_T: torch.Tensor | None = None,
     sequence_T: torch.Tensor,
     cfg: LossFn,
     num_valid_tokens: float,
@@ -107,8 +108,9 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and metrics of one micro-batch. All tensors [T]; the two counts are those of the whole (global) batch.
 
-    `logprobs_T` carries the gradient; the others are constants: under the engine (`rollout_`), the weights at the start
-    of the update (`old_`; None: the present ones) and the reference model (`ref_`; None: no KL term). Because sums are
+    `logprobs_T` and `entropy_T` (None: no bonus) carry the gradient; the others are constants: under the engine
+    (`rollout_`), the weights at the start of the update (`old_`; None: the present ones) and the reference model
+    (`ref_`; None: no KL term). Because sums are
     divided by global counts, losses and metrics of micro-batches and ranks simply add up. A metric of your own is
     averaged like the others: return its sum over the unmasked tokens, divided by `num_valid_tokens`.
     """
@@ -146,6 +148,9 @@ def grpo_loss(
         kl_T = (x_T.expm1() - x_T).clamp(-10, 10)  # k3, http://joschu.net/blog/kl-approx.html
         loss = loss + cfg.reference_policy_kl_penalty * (weight_T * kl_T).sum()
     tokens = {"cur_T": cur_T, "ratio_T": ratio_T, "clipped_T": clipped_T, "kl_T": kl_T, "gap_T": gap_T}
+    if entropy_T is not None:
+        tokens["entropy_T"] = keep(entropy_T)
+        loss = loss - cfg.entropy_coef * (weight_T * tokens["entropy_T"]).sum()
     return loss, loss_metrics(mask_T, max(num_valid_tokens, 1), **tokens) | {"loss": loss.detach()}
 
 
@@ -158,6 +163,7 @@ def loss_metrics(
     clipped_T: torch.Tensor,
     kl_T: torch.Tensor,
     gap_T: torch.Tensor,
+    **more_T: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """This micro-batch's share of each mean over the batch's tokens, and extrema (_min, _max).
 
@@ -173,6 +179,7 @@ def loss_metrics(
         "token_mult_prob_error": gap_T.abs().exp(),
         "gen_kl_error": gap_T.expm1() - gap_T,
         "sampling_importance_ratio": gap_T.exp(),
+        **{name.removesuffix("_T"): x_T for name, x_T in more_T.items()},
     }
     shares = {name: (x_T * mask_T).sum() / num_valid_tokens for name, x_T in means.items()}
     ratios = {"probs_ratio_max": ratio_T.max(), "probs_ratio_min": ratio_T.min()}
@@ -367,7 +374,7 @@ def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor)
     Returns the metrics over those steps: token-weighted means, extrema. Empty when there was nothing to learn from.
     """
     cfg, size = run.cfg, run.cfg.policy.train_global_batch_size
-    needs_reference = cfg.loss_fn.reference_policy_kl_penalty > 0
+    needs_reference, with_entropy = cfg.loss_fn.reference_policy_kl_penalty > 0, cfg.loss_fn.entropy_coef > 0
     masks, num_nonfinite = [], 0
     for s in samples:
         finite = np.isfinite(s.rollout_logprobs)
@@ -382,7 +389,8 @@ def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor)
         per_sequence={"advantages_T": advantages_S.float().numpy()},
     )
     # A sample that is left out still counts in the denominators.
-    active_S = (valid_S > 0) & ((advantages_S.numpy() != 0) | needs_reference | LOSS_NEEDS_ALL_SAMPLES)
+    needs_all = needs_reference or with_entropy or LOSS_NEEDS_ALL_SAMPLES
+    active_S = (valid_S > 0) & ((advantages_S.numpy() != 0) | needs_all)
     active = np.flatnonzero(active_S)
     # Old log-probabilities are those before the update; in the first optimizer step the loss takes the present ones.
     later = active[active >= size]
@@ -397,7 +405,7 @@ def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor)
                 part.per_token[name] = [known[i] for i in mine]
         counts = {"num_valid_tokens": float(valid.sum()), "num_valid_sequences": float((valid > 0).sum())}
         trace = run.log.trace_file(len(results))
-        result = run.policy.update(part, grpo_loss, {"cfg": cfg.loss_fn, **counts}, trace)
+        result = run.policy.update(part, grpo_loss, {"cfg": cfg.loss_fn, **counts}, trace, with_entropy)
         stop_if_not_finite(run, result, samples)
         results.append(result)
         valid_tokens.append(counts["num_valid_tokens"])

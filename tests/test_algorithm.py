@@ -103,13 +103,14 @@ MASK = [1, 1, 0, 1, 1, 1]
 SEQ = [0, 0, 0, 1, 1, 1]
 
 
-def run_loss(cfg, mask=MASK, old=OLD, ref=None, gen=GEN, cur=CUR, tokens=None, sequences=2):
+def run_loss(cfg, mask=MASK, old=OLD, ref=None, gen=GEN, cur=CUR, tokens=None, sequences=2, entropy=None):
     t = lambda x: None if x is None else torch.tensor(x, dtype=torch.float32)  # noqa: E731
     logprobs = t(cur).requires_grad_()
     tokens = sum(mask) if tokens is None else tokens
     loss, metrics = grpo_loss(
         logprobs, t(ADV), t(mask), rollout_logprobs_T=t(gen), old_logprobs_T=t(old), ref_logprobs_T=t(ref),
-        sequence_T=torch.tensor(SEQ), cfg=cfg, num_valid_tokens=tokens, num_valid_sequences=sequences,
+        entropy_T=entropy, sequence_T=torch.tensor(SEQ), cfg=cfg, num_valid_tokens=tokens,
+        num_valid_sequences=sequences,
     )  # fmt: skip
     loss.backward()
     return loss.item(), logprobs.grad.tolist(), {k: v.item() for k, v in metrics.items()}
@@ -195,6 +196,21 @@ def test_loss_and_gradient_by_hand(variant, options, extras):
     want_loss, want_grad = by_hand(cfg, **kwargs)
     assert loss == pytest.approx(want_loss, rel=1e-5, abs=1e-6)
     assert grad == pytest.approx(want_grad, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("token_level", [True, False])
+def test_the_entropy_bonus_by_hand(token_level):
+    """Each unmasked token's entropy counts as much as its surrogate, and has that as its gradient."""
+    entropy = [0.5, 2.0, math.nan, 1.0, 0.25, 3.0]
+    plain, _, _ = run_loss(LossFn(token_level_loss=token_level))
+    cfg = LossFn(token_level_loss=token_level, entropy_coef=0.1)
+    entropy_T = torch.tensor(entropy, requires_grad=True)
+    loss, _, metrics = run_loss(cfg, entropy=entropy_T)
+    weight = [1 / 5] * 6 if token_level else [1 / 4] * 3 + [1 / 6] * 3
+    bonus = [0.1 * w if keep else 0.0 for w, keep in zip(weight, MASK, strict=True)]
+    assert loss == pytest.approx(plain - sum(b * e for b, e in zip(bonus, entropy, strict=True) if b), rel=1e-6)
+    assert entropy_T.grad.tolist() == pytest.approx([-b for b in bonus], rel=1e-6)
+    assert metrics["entropy"] == pytest.approx((0.5 + 2.0 + 1.0 + 0.25 + 3.0) / 5, rel=1e-6)
 
 
 def test_masked_tokens_may_hold_anything():

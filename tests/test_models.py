@@ -112,7 +112,8 @@ WEIGHTS_T = torch.arange(17.0)  # how much each response token of `random_sequen
 
 
 def packed_sum(model) -> torch.Tensor:
-    return (model(MicroBatch.build(random_sequences(), torch.device("cpu")), 1.0) * WEIGHTS_T).sum()
+    logprobs_T, _ = model(MicroBatch.build(random_sequences(), torch.device("cpu")), 1.0)
+    return (logprobs_T * WEIGHTS_T).sum()
 
 
 def plain_sum(lm) -> torch.Tensor:

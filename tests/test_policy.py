@@ -76,7 +76,8 @@ def rank_main(rank, world_size, address, cfg, batch, steps, folder):
     worker = PolicyWorker(cfg.policy, rank, world_size, "cpu", timeout_s=120, keep_reference=True)
     worker.setup(address)
     kwargs = {"cfg": cfg.loss_fn, **counts(batch)}
-    metrics = [worker.update(batch, grpo_loss, kwargs) for _ in range(steps)]
+    with_entropy = cfg.loss_fn.entropy_coef > 0
+    metrics = [worker.update(batch, grpo_loss, kwargs, with_entropy=with_entropy) for _ in range(steps)]
     weights_of = {name: tensor.detach().clone() for name, tensor in full_weights(worker)}
     weights = {name: tensor.numpy() for name, tensor in weights_of.items()}
     for index, bucket in enumerate(worker.buckets):
@@ -126,6 +127,7 @@ def close(a, b, tolerance=2e-5):
 
 
 PACKED = ["policy.sequence_packing.train_mb_tokens=64"]
+BONUS = "loss_fn.entropy_coef=0.01"
 SETTINGS = {
     "one sequence each": (1, ["policy.sequence_packing.enabled=false"]),
     "all in one": (1, ["policy.sequence_packing.train_mb_tokens=1024"]),
@@ -139,7 +141,7 @@ SETTINGS = {
 
 @functools.cache
 def one_rank_result(load, count: int):
-    return run_ranks(load(*PACKED), random_batch(count))
+    return run_ranks(load(*PACKED, BONUS), random_batch(count))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -148,7 +150,7 @@ def test_every_way_to_split_a_batch_gives_the_same_update(config, setting):
     batch = random_batch(12)
     metrics, weights, after, reference = one_rank_result(config, 12)
     ranks, overrides = SETTINGS[setting]
-    other_metrics, other_weights, other_after, other_reference = run_ranks(config(*overrides), batch, ranks)
+    other_metrics, other_weights, other_after, other_reference = run_ranks(config(*overrides, BONUS), batch, ranks)
     close(weights, other_weights)
     for mine, other in zip(metrics, other_metrics, strict=True):
         assert mine["grad_norm"] > 0.05  # clipping was active
@@ -170,11 +172,12 @@ def test_fewer_sequences_than_ranks(config):
     assert other_metrics[0]["loss"] == pytest.approx(metrics[0]["loss"], rel=1e-5)
 
 
-def test_one_step_against_plain_autograd(config, tiny_model):
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_one_step_against_plain_autograd(config, tiny_model, entropy_coef):
     """Loss, gradient norm and AdamW step recomputed with Hugging Face's plain forward pass, sequence by sequence."""
     from transformers import AutoModelForCausalLM
 
-    cfg = config("policy.max_grad_norm=1e9")
+    cfg = config("policy.max_grad_norm=1e9", f"loss_fn.entropy_coef={entropy_coef}")
     batch = random_batch(5)
     n = counts(batch)["num_valid_tokens"]
     metrics, weights, *_ = run_ranks(cfg, batch, steps=1)
@@ -188,7 +191,9 @@ def test_one_step_against_plain_autograd(config, tiny_model):
         logprobs = plain(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         picked = logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0]
         mask = torch.tensor(batch.per_token["mask_T"][i])
-        total = total - (mask * batch.per_sequence["advantages_T"][i] * (picked - picked.detach()).exp()).sum() / n
+        gain = batch.per_sequence["advantages_T"][i] * (picked - picked.detach()).exp()
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        total = total - (mask * (gain + entropy_coef * entropy)).sum() / n
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
     optimizer.step()
@@ -298,6 +303,17 @@ def test_answers_without_advantage_cost_nothing_and_change_nothing(start_run, mo
     for name in ("loss", "grad_norm"):
         assert skipped[name] == pytest.approx(whole[name], rel=1e-5), name
     assert skipped["probs_ratio"] == pytest.approx(1.0)
+
+
+def test_an_entropy_bonus_makes_samples_more_different(start_run):
+    """Also those without advantage: here no sample has one, and without the bonus nothing would be trained."""
+    run = start_run("loss_fn.entropy_coef=0.5", "policy.optimizer.lr=0.01")
+    rng = np.random.default_rng(0)
+    samples = [sample(i // 2, rng.integers(3, 200, 5), rng.integers(3, 200, 4), False, 0.0) for i in range(4)]
+    found = [update_policy(run, samples, torch.zeros(4)) for _ in range(4)]
+    assert found[0]["loss"] == pytest.approx(-0.5 * found[0]["entropy"], rel=1e-6)
+    assert [m["entropy"] for m in found] == sorted(m["entropy"] for m in found)
+    assert found[-1]["entropy"] > found[0]["entropy"] + 0.01
 
 
 def test_ratios_of_a_second_optimizer_step_are_against_the_weights_before_the_first(start_run):
@@ -542,6 +558,24 @@ def test_head_against_float64_autograd(monkeypatch, temperature, fused, keep):
     wanted = (plain[0] @ plain[1].t() / temperature).log_softmax(-1)[torch.arange(13), target]
     (found * weights).sum().backward()
     assert len(heads) == (3 if keep else 6)  # once a chunk, or again in the backward pass
+    (wanted * weights.double()).sum().backward()
+    np.testing.assert_allclose(found.detach(), wanted.detach(), atol=5e-6)
+    for a, b in zip(mine, plain, strict=True):
+        np.testing.assert_allclose(a.grad, b.grad, atol=5e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropy_against_float64_autograd(monkeypatch, temperature):
+    """Values and both gradients over several chunks, the last one short."""
+    monkeypatch.setattr(model, "HEAD_CHUNK", 5)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(13, 8, generator=generator), torch.randn(50, 8, generator=generator)]
+    weights = torch.randn(13, generator=generator)
+    mine = [x.clone().requires_grad_() for x in inputs]
+    plain = [x.double().requires_grad_() for x in inputs]
+    found = model.token_entropy(*mine, temperature)
+    wanted = torch.distributions.Categorical(logits=plain[0] @ plain[1].t() / temperature).entropy()
+    (found * weights).sum().backward()
     (wanted * weights.double()).sum().backward()
     np.testing.assert_allclose(found.detach(), wanted.detach(), atol=5e-6)
     for a, b in zip(mine, plain, strict=True):

@@ -1,5 +1,6 @@
 """The weights that vLLM samples with are the policy's, after every refit: the test that the whole pipeline hangs on."""
 
+import functools
 import re
 import threading
 
@@ -266,14 +267,19 @@ def test_each_engine_gets_a_handle_of_its_own(started):
 
 @pytest.mark.slow
 def test_an_engine_that_cannot_start_says_why(quickstart_overrides):
-    """In one line: what vLLM says of an argument, not where Ray was at the time."""
-    wrong = "policy.generation.vllm_kwargs.nonsense=1"
-    cfg = load_config(ROOT / "recipes" / "quickstart.yaml", [*quickstart_overrides, wrong])
+    """In one line: what vLLM says of an argument or of the memory, not where Ray was at the time."""
+    said = {
+        "policy.generation.vllm_kwargs.nonsense=1": r"TypeError: .*unexpected keyword argument 'nonsense'",
+        "policy.generation.vllm_cfg.kv_cache_memory_bytes=1": "ValueError: No available memory for the cache blocks.*",
+    }
+    start = "a policy or rollout actor could not start: "
+    load = functools.partial(load_config, ROOT / "recipes" / "quickstart.yaml")
     try:
-        with pytest.raises(ray.exceptions.ActorDiedError) as dead:
-            ray.get(RolloutEngines(cfg, start_ray(cfg, StopRequests(None))).start(), timeout=cfg.cluster.timeout_s)
+        placement = start_ray(load(quickstart_overrides), StopRequests(None))
+        for wrong, why in said.items():
+            cfg = load([*quickstart_overrides, wrong])
+            with pytest.raises(ray.exceptions.ActorDiedError) as dead:
+                ray.get(RolloutEngines(cfg, placement).start(), timeout=cfg.cluster.timeout_s)
+            assert re.fullmatch(start + why, explain(dead.value))
     finally:
         ray.shutdown()
-    start, what = explain(dead.value).split(": ", 1)
-    assert start == "a policy or rollout actor could not start"
-    assert re.fullmatch(r"TypeError: .*unexpected keyword argument 'nonsense'", what)

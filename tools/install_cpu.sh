@@ -8,7 +8,11 @@ if ! "$bin/python" -c "import torch, sys; sys.exit(torch.version.cuda is not Non
     # --no-deps: which build an index offers shows in a file name, without downloading what a CUDA build needs
     if ! "$bin/pip" install -q --no-deps "$torch+cpu" 2>/dev/null; then
         echo "no CPU build of torch on the configured package index: using PyTorch's own CPU index"
-        "$bin/pip" install -q --no-deps "$torch+cpu" --index-url https://download.pytorch.org/whl/cpu
+        if ! "$bin/pip" install -q --no-deps "$torch+cpu" --index-url https://download.pytorch.org/whl/cpu; then
+            python=$("$bin/python" -c 'import platform; print(platform.python_version())')
+            echo "error: there is no $torch+cpu for Python $python there either; try another: make PYTHON=python3.11" >&2
+            exit 1
+        fi
     fi
 fi
 "$bin/python" tools/requirements.py main cpu | xargs "$bin/pip" install -q

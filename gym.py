@@ -241,8 +241,11 @@ class Episodes:
 
     async def _in_gym(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The items and the verdict of an episode in Gym."""
+        number = next(self.numbers)
         if "task_input" in row:  # a materialized row, which Gym's newer environment servers take
-            row = {"episode_id": {"rollout_id": str(next(self.numbers)), "attempt": 0}, "task": row}
+            row = {"episode_id": {"rollout_id": str(number), "attempt": 0}, "task": row}
+        else:  # some environments want the numbers that Gym's own collector gives to flat rows
+            row = row | {"_ng_task_index": number, "_ng_rollout_index": 0}
         no_limit = aiohttp.ClientTimeout(total=None)
         async with aiohttp.request("POST", self.run_url, json=row, timeout=no_limit) as response:
             if response.status != 200:

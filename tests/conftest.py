@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
+import forked
 import hypothesis
 import pytest
 import torch
@@ -122,13 +125,20 @@ BASE = [
 
 
 @pytest.fixture(scope="session")
+def forks() -> Iterator[int | None]:
+    """Runs start by forks of the process with this id, see forked.py; where there is a GPU they do not."""
+    with nullcontext() if torch.cuda.is_available() else forked.forks() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
 def base(arithmetic_rows, warm_model) -> list[str]:
     data = [f"data.{split}_jsonl_fpath={arithmetic_rows}/{split}.jsonl" for split in ("train", "validation")]
     return [*BASE, *data, f"policy.model_name={warm_model}", "grpo.reward_shaping.enabled=false"]
 
 
 @pytest.fixture(scope="session")
-def started(base, tmp_path_factory) -> Iterator[tuple[Any, Path]]:
+def started(forks, base, tmp_path_factory) -> Iterator[tuple[Any, Path]]:
     """A run that has made no step yet, and a folder with its state; its processes serve several tests."""
     import ray
 
@@ -173,7 +183,7 @@ def begin(started, base, tmp_path):
 
 
 @pytest.fixture
-def stopped_afterwards() -> Iterator[None]:
+def stopped_afterwards(forks) -> Iterator[None]:
     """For a test that starts a run in this process: its Ray ends, and signals go again where they went before."""
     import ray
 
@@ -192,11 +202,11 @@ def overrides(base: list[str], model: Path, folder: Path, *more: str) -> list[st
     return [*base, f"policy.model_name={model}", *paths, *more]
 
 
-def run_script(given: list[str], folder: Path) -> str:
-    script = [sys.executable, str(ROOT / "train_grpo.py"), "--config", str(RECIPE)]
-    done = subprocess.run([*script, *given], capture_output=True, text=True, timeout=600, cwd=folder)
+def run_script(given: list[str], folder: Path, script: str = "train_grpo.py", **env: str) -> CompletedProcess:
+    """Run the script to its end; with the fixture `forks` by a fork."""
+    done = forked.run([str(ROOT / script), "--config", str(RECIPE), *given], folder, os.environ | env, timeout=600)
     assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
-    return done.stdout
+    return done
 
 
 @pytest.fixture(scope="session")
@@ -223,10 +233,10 @@ def two_ranks(arithmetic_rows, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def whole(two_ranks, warm_model, tmp_path_factory) -> Path:
+def whole(forks, two_ranks, warm_model, tmp_path_factory) -> Path:
     """All its steps without interruption."""
     folder = tmp_path_factory.mktemp("whole")
-    (folder / "stdout").write_text(run_script(overrides(two_ranks, warm_model, folder), folder))
+    (folder / "stdout").write_text(run_script(overrides(two_ranks, warm_model, folder), folder).stdout)
     return folder
 
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import psutil
 import pytest
 import torch
@@ -69,12 +70,19 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 class Started:
-    """The script as a process that can be killed; on leaving, with all it started."""
+    """The script as a process that can be killed; on leaving, with all it started.
 
-    def __init__(self, given: list[str], folder: Path):
+    `forks`: the process of which it and its Ray workers are forks; None: it starts as a user starts it.
+    """
+
+    def __init__(self, given: list[str], folder: Path, forks: int | None = None):
         self.stdout, self.folder = folder / "stdout", folder
         with self.stdout.open("w") as out, (folder / "stderr").open("w") as err:
-            self.process = subprocess.Popen(command(given), stdout=out, stderr=err, cwd=folder, process_group=0)
+            if forks:
+                self.process = forked.start(command(given)[1:], folder, dict(os.environ), out, err)
+            else:
+                self.process = subprocess.Popen(command(given), stdout=out, stderr=err, cwd=folder, process_group=0)
+        self.above = psutil.Process(forks or self.process.pid)  # all that was started descends from it
 
     def __enter__(self) -> "Started":
         return self
@@ -92,9 +100,8 @@ class Started:
     def kill(self) -> None:
         """SIGKILL, also to what is suspended. All else ends by itself, Ray's agents up to a minute later."""
         if self.process.poll() is None:
-            script = psutil.Process(self.process.pid)
-            family, agents = script.children(recursive=True), children(script, "Agent")
-            suspended = [p for p in children(script, "ray::") if p.status() == psutil.STATUS_STOPPED]
+            family, agents = self.above.children(recursive=True), children(self.above, "Agent")
+            suspended = [p for p in children(self.above, "ray::") if p.status() == psutil.STATUS_STOPPED]
             for process in [self.process, *suspended]:
                 process.kill()
             self.process.wait()
@@ -126,15 +133,16 @@ def stop_by_ctrl_c(given: list[str], folder: Path) -> int:
     return last
 
 
-def kill_in_a_save(given: list[str], folder: Path, after: int) -> Path:
+def kill_in_a_save(given: list[str], folder: Path, after: int, forks: int | None) -> Path:
     """SIGKILL the script and its ranks while they write a checkpoint and the engines sample the next step.
 
     `after`: the first steps, whose checkpoints are left alone. Returns what is left half-written.
     """
     checkpoints = folder / "checkpoints"
-    with Started(given, folder) as run:
+    with Started(given, folder, forks) as run:
         run.wait_for(lambda: (checkpoints / f"step_{after}").exists(), "the first checkpoint")
-        ranks = children(psutil.Process(run.process.pid), "ray::PolicyWorker")
+        ranks = children(run.above, "ray::PolicyWorker")
+        assert len(ranks) == 2
         while True:
             unfinished = run.wait_for(lambda: list(checkpoints.glob("tmp_step_*/run.json")), "a save")[0].parent
             for rank in ranks:
@@ -165,17 +173,19 @@ def test_validation(whole):
 
 
 @pytest.mark.slow
-def test_a_stop_and_a_kill_change_nothing(base, warm_model, whole, tmp_path):
-    """One step or two; more by a process that is killed; the rest. What the kill left half-written is removed."""
+def test_a_stop_and_a_kill_change_nothing(forks, base, warm_model, whole, tmp_path):
+    """One step or two, started as a user does; more by a process that is killed; the rest. What the kill left
+    half-written is removed.
+    """
     given = overrides(base, warm_model, tmp_path)
     stopped = stop_by_ctrl_c(given, tmp_path)
     assert stopped in (1, 2)
-    unfinished = kill_in_a_save(given, tmp_path, after=stopped + 1)
+    unfinished = kill_in_a_save(given, tmp_path, after=stopped + 1, forks=forks)
     assert f"continuing after step {stopped}" in (tmp_path / "stdout").read_text()
     newest = int(unfinished.name.removeprefix("tmp_step_")) - 1
     assert unfinished.exists()
     assert max(steps_in(tmp_path / "checkpoints")) == newest
-    printed = run_script(given, tmp_path)
+    printed = run_script(given, tmp_path).stdout
     assert f"continuing after step {newest}" in printed
     assert f"Step {newest}/{STEPS}" not in printed
     assert not list((tmp_path / "checkpoints").glob("tmp_*"))

@@ -1,7 +1,6 @@
 """The real script, shortened: what it logs against an independent computation, and what it does when parts die."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import psutil
 import pytest
 import ray
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 import evaluate
 from config import ConfigError, load_config
@@ -38,7 +37,7 @@ def read(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def short_run(warm_model, arithmetic_rows, tmp_path_factory):
+def short_run(forks, warm_model, arithmetic_rows, tmp_path_factory):
     """Three steps of the quickstart with every logger on and a second validation set of two rows."""
     folder = tmp_path_factory.mktemp("run")
     rows = (arithmetic_rows / "validation.jsonl").read_text().splitlines(keepends=True)
@@ -54,10 +53,8 @@ def short_run(warm_model, arithmetic_rows, tmp_path_factory):
         "logger.tensorboard_enabled=true", "logger.profile_steps=[2]",
         "policy.max_grad_norm=0.1", "policy.sequence_packing.train_mb_tokens=256",
     ]  # fmt: skip
-    env = os.environ | {"WANDB_MODE": "offline", "WANDB_API_KEY": "planted-secret-0123456789abcdef0123456789"}
-    done = subprocess.run(command(overrides), env=env, capture_output=True, text=True, timeout=900, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done
+    wandb = {"WANDB_MODE": "offline", "WANDB_API_KEY": "planted-secret-0123456789abcdef0123456789"}
+    return folder, run_script(overrides, folder, **wandb)
 
 
 @pytest.mark.slow

@@ -1,13 +1,11 @@
 """Supervised fine-tuning: the whole script, against Hugging Face's own loss."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, ROOT
+from conftest import run_script
 from test_run import read
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +17,7 @@ SIZE = 16
 
 
 @pytest.mark.slow
-def test_losses_are_those_of_hugging_face(arithmetic_rows, tiny_model, tmp_path):
+def test_losses_are_those_of_hugging_face(forks, arithmetic_rows, tiny_model, tmp_path):
     """Over two ranks and packed; the second step's loss shows that the first one's update was right, too."""
     overrides = [
         f"policy.model_name={tiny_model}", f"data.train_jsonl_fpath={arithmetic_rows}/train.jsonl",
@@ -27,9 +25,7 @@ def test_losses_are_those_of_hugging_face(arithmetic_rows, tiny_model, tmp_path)
         f"checkpointing.checkpoint_dir={tmp_path}/checkpoints", f"grpo.num_prompts_per_step={SIZE}",
         "grpo.max_num_steps=2", "data.shuffle=false", "policy.optimizer={lr: 0.01, eps: 1e-3}",
     ]  # fmt: skip
-    script = [sys.executable, str(ROOT / "sft.py"), "--config", str(RECIPE), *overrides]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(overrides, tmp_path, "sft.py")
 
     tokenizer, lm = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=0.01, eps=1e-3, weight_decay=0.0)

@@ -13,11 +13,11 @@ Read in this order: train_grpo.py (the algorithm and the loop), rows.py (1, 2), 
 
 What differs from the GRPO paper, and why:
 - the gradient is on-policy: with one optimizer step per batch the old log-probabilities are the present ones, so
-  neither an old-policy pass nor (with beta = 0) a reference model is run. The loss then prints as about 0: look at
-  reward, gradient norm, entropy and KL error instead;
+  neither an old-policy pass nor (with beta = 0) a reference model is run. The loss then does not show what is learned:
+  look at reward, gradient norm, entropy and KL error instead;
 - the baseline leaves the sample itself out, and every mean in the loss is over the whole batch (token level), not per
   micro-batch, rank or sequence;
-- samples that could not be verified are masked, not scored 0; samples without advantage skip the update.
+- samples that could not be verified are masked, not scored 0; samples without gradient are left out of the update.
 
 Axis suffixes of names: _P prompt, _S sample (= prompt x group), _T response token of a micro-batch.
 
@@ -87,8 +87,8 @@ def group_advantages(
     return advantages_S
 
 
-# A sample without advantage has no gradient in this loss, unless there is a KL or entropy term, and is left out of the
-# update. Set this to True with a term of your own that is there for every sample, such as length or a supervised loss.
+# Without a KL or entropy term a sample without advantage has no gradient, and is left out of the update. Set this to
+# True if you add a term that every sample has, such as a length penalty or a supervised loss.
 LOSS_NEEDS_ALL_SAMPLES = False
 
 
@@ -106,17 +106,17 @@ def grpo_loss(
     num_valid_tokens: float,
     num_valid_sequences: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and metrics of one micro-batch. All tensors [T]; the two counts are those of the whole (global) batch.
+    """Loss and metrics of one micro-batch. All tensors are [T]; the two counts are those of the whole (global) batch.
 
-    `logprobs_T` and `entropy_T` (None: no bonus) carry the gradient; the others are constants: under the engine
-    (`rollout_`), the weights at the start of the update (`old_`; None: the present ones) and the reference model
-    (`ref_`; None: no KL term). Because sums are
-    divided by global counts, losses and metrics of micro-batches and ranks simply add up. A metric of your own is
-    averaged like the others: return its sum over the unmasked tokens, divided by `num_valid_tokens`.
+    `logprobs_T` and `entropy_T` (None: no bonus) carry the gradient. The other log-probabilities are constants: those
+    of the engine (`rollout_`), of the weights at the start of the update (`old_`; None: the present ones) and of the
+    reference model (`ref_`; None: no KL term). Sums are divided by global counts, so that losses and metrics of
+    micro-batches and ranks add up. A metric of your own is averaged like the others: return its sum over the unmasked
+    tokens, divided by `num_valid_tokens`.
     """
     mask_T = mask_T.float()
 
-    def keep(x_T: torch.Tensor) -> torch.Tensor:  # masked tokens may hold anything, also NaN
+    def keep(x_T: torch.Tensor) -> torch.Tensor:  # a masked token may hold anything, even NaN
         return torch.where(mask_T > 0, x_T.float(), 0.0)
 
     cur_T, gen_T, advantages_T = keep(logprobs_T), keep(rollout_logprobs_T), keep(advantages_T)
@@ -132,11 +132,11 @@ def grpo_loss(
         surrogate_T = torch.where(advantages_T < 0, bounded_T, surrogate_T)
     if cfg.variant == "cispo":  # the clipped ratio only weighs the gradient, arXiv:2506.13585
         surrogate_T = -advantages_T * clipped_T.detach() * cur_T
-    if cfg.variant == "dppo":  # no token moves its probability further from the engine's than this, arXiv:2602.04879
+    if cfg.variant == "dppo":  # a token that has moved this far from the engine's probability stops, arXiv:2602.04879
         moved_T = (cur_T.exp() - gen_T.exp()).detach() * advantages_T.sign()
         surrogate_T = -advantages_T * ratio_T * (moved_T <= cfg.dppo_divergence)
 
-    gap_T = (old_T - gen_T).detach()  # trainer minus engine, same weights: the numerical mismatch of the two
+    gap_T = (old_T - gen_T).detach()  # trainer minus engine under the same weights: their numerical mismatch
     if cfg.use_importance_sampling_correction:
         surrogate_T = surrogate_T * rollout_correction(gap_T, mask_T, sequence_T, cfg)
     weight_T = token_weights(mask_T, sequence_T, cfg, max(num_valid_tokens, 1), max(num_valid_sequences, 1))
@@ -189,8 +189,8 @@ def loss_metrics(
 def token_weights(
     mask_T: torch.Tensor, sequence_T: torch.Tensor, cfg: LossFn, num_valid_tokens: float, num_valid_sequences: float
 ) -> torch.Tensor:
-    """How much each token counts in the loss [T]: over the whole batch the weights add up to 1 (dr_grpo: to less)."""
-    if cfg.variant == "dr_grpo":  # a constant instead of the responses' lengths, arXiv:2503.20783
+    """Weight of each token in the loss [T]. Over the whole batch the weights add up to 1 (dr_grpo: to less)."""
+    if cfg.variant == "dr_grpo":  # a constant takes the place of the responses' lengths, arXiv:2503.20783
         return mask_T / (num_valid_sequences * cfg.dr_grpo_length)
     if cfg.token_level_loss:
         return mask_T / num_valid_tokens
@@ -202,8 +202,8 @@ def rollout_correction(
 ) -> torch.Tensor:
     """Importance weight of each token [T], trainer over engine probability; names and bounds as in NeMo RL.
 
-    "tis" cuts weights off above (https://fengyao.notion.site/off-policy-rl); "icepop" makes those outside the bounds 0
-    (arXiv:2510.18855); "seq-mask-tis" drops sequences in which the geometric mean of the weights is outside.
+    "tis" caps each weight (https://fengyao.notion.site/off-policy-rl); "icepop" sets weights outside the bounds to 0
+    (arXiv:2510.18855); "seq-mask-tis" drops each sequence whose weights have a geometric mean outside the bounds.
     """
     log_weight_T = sequence_sum(gap_T, sequence_T) if cfg.sequence_level_importance_ratios else gap_T
     weight_T = torch.nan_to_num(log_weight_T.exp(), nan=0.0, posinf=0.0, neginf=0.0)
@@ -216,7 +216,7 @@ def rollout_correction(
 
 
 def sequence_sum(x_T: torch.Tensor, sequence_T: torch.Tensor) -> torch.Tensor:
-    """For each token the sum of `x_T` over its sequence (equal values of `sequence_T`). [T] to [T]."""
+    """For each token the sum of `x_T` over its sequence [T]; tokens of a sequence have the same `sequence_T`."""
     _, ids_T = torch.unique(sequence_T, return_inverse=True)
     return torch.zeros_like(x_T).index_add(0, ids_T, x_T)[ids_T]
 
@@ -233,7 +233,7 @@ def sequence_mean(x_T: torch.Tensor, mask_T: torch.Tensor, sequence_T: torch.Ten
 class Sample:
     """One response on its way from the engine to the update."""
 
-    prompt: int  # which of the step's prompts: the group
+    prompt: int  # number of its prompt in this step; samples of the same prompt are a group
     prompt_ids: np.ndarray
     response_ids: np.ndarray
     rollout_logprobs: np.ndarray
@@ -241,7 +241,7 @@ class Sample:
     text: str
     reward: float = 0.0
     status: str = ""
-    mask: np.ndarray | None = None  # which response tokens the model made, in an episode of several turns; None: all
+    mask: np.ndarray | None = None  # in an episode of several turns: which response tokens the model made; None: all
     turns: int = 1
     tool_calls: int = 0
 
@@ -308,15 +308,15 @@ class Batch:
     """The samples of one step."""
 
     samples: list[Sample]  # to train on
-    drawn: list[Sample]  # all that were drawn: the same without dynamic sampling
-    next: int  # the batch of prompts to go on with
+    drawn: list[Sample]  # all samples, also those of groups that dynamic sampling dropped
+    next: int  # number of the batch of prompts that the next step begins with
 
 
 def collect(run: "Run", first: int) -> Batch:
     """Steps 1 to 4, from the `first`-th batch of prompts.
 
     Dynamic sampling (DAPO, arXiv:2503.14476) draws more prompts until the batch is full of groups with different
-    rewards. It drops whole groups, so that the mean of a group's rewards stays what it was.
+    rewards. It drops whole groups, never single samples, so that no group's mean reward changes.
     """
     g, kept, drawn = run.cfg.grpo, [], []
     batches = min(g.dynamic_sampling_max_gen_batches if g.use_dynamic_sampling else 1, run.num_batches - first)
@@ -338,10 +338,10 @@ def collect(run: "Run", first: int) -> Batch:
 
 
 def next_batch(run: "Run", step: int) -> Batch:
-    """This step's samples; with `grpo.async_one_step_off` those that were drawn while the last update ran.
+    """This step's samples. When the prompts of `grpo.max_num_epochs` are used up, this step becomes the last one.
 
-    Then the next ones are begun here, with weights that will be one update old when they are trained on. Where dynamic
-    sampling has drawn the last batch of `grpo.max_num_epochs`, this step becomes the last one.
+    With `grpo.async_one_step_off` the samples were drawn while the last update ran. The engines then begin to draw the
+    next step's here, with weights that will be one update old when those samples are trained on.
     """
     batch = run.ahead.result() if run.ahead else collect(run, run.batches_drawn)
     run.ahead = None
@@ -353,7 +353,7 @@ def next_batch(run: "Run", step: int) -> Batch:
 
 
 def shaped_rewards(samples: list[Sample], g: GRPO) -> np.ndarray:
-    """Rewards [S] as the advantages see them: less DAPO's penalty for responses near the length limit.
+    """Rewards [S] minus DAPO's penalty for responses near the length limit.
 
     With a limit of 20 tokens, a buffer of 4 and a penalty of 1, 16 tokens cost nothing, 18 cost 0.5, 20 and more 1.
     """
@@ -369,9 +369,9 @@ def shaped_rewards(samples: list[Sample], g: GRPO) -> np.ndarray:
 
 
 def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor) -> dict[str, float]:
-    """Step 6: one optimizer step per `policy.train_global_batch_size` samples; none where no sample has an advantage.
+    """Step 6: one optimizer step per `policy.train_global_batch_size` samples; none if no sample has a gradient.
 
-    Returns the metrics over those steps: token-weighted means, extrema. Empty when there was nothing to learn from.
+    Returns the metrics of these optimizer steps combined, and what the update counted.
     """
     cfg, size = run.cfg, run.cfg.policy.train_global_batch_size
     needs_reference, with_entropy = cfg.loss_fn.reference_policy_kl_penalty > 0, cfg.loss_fn.entropy_coef > 0
@@ -381,7 +381,7 @@ def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor)
         num_nonfinite += int((~finite).sum())
         own = finite if s.mask is None else finite & s.mask
         masks.append(own & (s.verified and not (cfg.grpo.overlong_filtering and s.truncated)))
-    valid_S = np.array([mask.sum() for mask in masks])  # tokens that count
+    valid_S = np.array([mask.sum() for mask in masks])  # unmasked tokens
     batch = Sequences(
         prompt_ids=[s.prompt_ids for s in samples],
         response_ids=[s.response_ids for s in samples],
@@ -392,7 +392,7 @@ def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor)
     needs_all = needs_reference or with_entropy or LOSS_NEEDS_ALL_SAMPLES
     active_S = (valid_S > 0) & ((advantages_S.numpy() != 0) | needs_all)
     active = np.flatnonzero(active_S)
-    # Old log-probabilities are those before the update; in the first optimizer step the loss takes the present ones.
+    # Old log-probabilities are those before the update. In the first optimizer step they are the present ones.
     later = active[active >= size]
     old = dict(zip(later, run.policy.logprobs(batch.take(later)), strict=True)) if len(later) else {}
     reference = dict(zip(active, run.policy.logprobs(batch.take(active), True), strict=True)) if needs_reference else {}
@@ -416,15 +416,15 @@ def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor)
 
 
 def sizes(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each sample its group, and the tokens of prompt and response: what hardware.py counts the work by."""
+    """Group, prompt tokens and response tokens of each sample [S], from which hardware.py computes the work."""
     return column(samples, "prompt"), column(samples, "prompt_tokens"), column(samples, "response_tokens")
 
 
 def combine_steps(results: list[dict[str, float]], valid_tokens: list[float]) -> dict[str, float]:
-    """Metrics of several optimizer steps as one: extrema; plain means of STEP_FACTS; token means of all others.
+    """Combine the metrics of several optimizer steps: extrema; plain means of STEP_FACTS; token means of all others.
 
-    A loss function's metric is a sum over the trained tokens, divided by all valid tokens of its optimizer step. From
-    such metrics come means over the tokens that were trained on (samples without advantage were left out).
+    A loss function's metric is a sum over the trained tokens, divided by all valid tokens of its optimizer step. Here
+    it becomes a mean over the trained tokens, which lack those of samples without advantage.
     """
     weight = np.array(valid_tokens)  # a metric times this is its sum over the trained tokens
     trained = sum(weight * [r["trained_token_fraction"] for r in results])
@@ -439,7 +439,7 @@ def combine_steps(results: list[dict[str, float]], valid_tokens: list[float]) ->
 
 
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
-    """What the step's responses were like; rewards over verified ones only."""
+    """Metrics of the responses; the mean reward is over the verified ones only."""
     verified_S = column(samples, "verified")
     rewards = column(samples, "reward")[verified_S]
     responses_S = column(samples, "response_tokens")
@@ -475,18 +475,18 @@ class Run:
     num_batches: int  # of prompts, in all epochs
     last_step: int
     rewards: RewardClient | None  # None where episodes bring their rewards along
-    episodes: Any  # gym.Episodes, or None for single answers
+    episodes: Any  # gym.Episodes, or None for single responses
     policy: Policy
     engines: RolloutEngines
     checkpoints: Checkpoints
     stop: StopRequests
     limits: Limits
-    finished: Position  # the last step that was finished; the next two belong to the one that is being made
-    batches_drawn: int  # of prompts: one a step, more with dynamic sampling
-    exceeded: dict[str, int]  # for each gate the steps in a row that were beyond it
-    learned: bool  # whether any step had something to learn from; taken for granted of those before a continuation
+    finished: Position  # where the run was after the last finished step
+    batches_drawn: int  # batches of prompts, also for the present step: one a step, more with dynamic sampling
+    exceeded: dict[str, int]  # for each gate how many steps in a row were beyond it
+    learned: bool  # whether any step had a gradient; a run that continues assumes so of its earlier steps
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    ahead: Future | None = None  # the next step's batch, where it is drawn in the background
+    ahead: Future | None = None  # the next step's batch, if it is drawn in the background
 
 
 def train(cfg: Config) -> None:
@@ -500,7 +500,7 @@ def train(cfg: Config) -> None:
         run.checkpoints.save_unsaved(run.policy, run.finished, run.log.wandb_id)
         raise
     except Exception:
-        with suppress(Exception):  # what is being written may still be fine
+        with suppress(Exception):  # a checkpoint that is being written may still get complete
             run.checkpoints.wait(run.policy)
         raise
     finally:
@@ -509,7 +509,7 @@ def train(cfg: Config) -> None:
 
 
 def loop(run: Run) -> None:
-    """Steps until the last one, or until the epochs' prompts are used up."""
+    """Run steps until the last one, or until the epochs' prompts are used up."""
     if run.finished.step == 0:
         with run.stop.interruptible():
             metrics = validate(run, step=0)
@@ -570,7 +570,7 @@ VALIDATION_SEED = 1_000_000_000  # far from the training steps' seeds, and the s
 
 
 def validate(run: Run, step: int) -> dict[str, float]:
-    """If a validation is due: metrics of each validation set, those of a named one as val:NAME:accuracy and so on."""
+    """Metrics of each validation set if a validation is due; a named set has val:NAME:accuracy and so on."""
     g, metrics = run.cfg.grpo, {}
     at_this_step = g.val_at_start if step == 0 else g.val_period and (step % g.val_period == 0 or step == run.last_step)
     for name, rows in run.val_rows.items() if at_this_step else ():
@@ -578,7 +578,7 @@ def validate(run: Run, step: int) -> dict[str, float]:
         with run.log.phase("validate"):
             found = validation_samples(run, rows, n)
         of_all, prefix = rollout_metrics(found), f"val:{name}:" if name else "val:"
-        # Samples that could not be verified do not count as wrong; without any other there is no accuracy.
+        # Samples that could not be verified do not count as wrong; if none was verified there is no accuracy.
         of_set = {
             f"{prefix}accuracy": of_all["reward"] if of_all["num_unverified"] < len(found) else math.nan,
             f"{prefix}num_answers": len(found) - of_all["num_unverified"],
@@ -592,7 +592,7 @@ def validate(run: Run, step: int) -> dict[str, float]:
 
 
 def validation_samples(run: Run, rows: Rows, n: int) -> list[Sample]:
-    """`n` samples of each of the first `grpo.max_val_samples` rows, the same whatever was sampled before."""
+    """`n` samples of each of the first `grpo.max_val_samples` rows, with the same seeds at every validation."""
     g, indices = run.cfg.grpo, list(range(len(rows)))[: run.cfg.grpo.max_val_samples]
     size = g.val_batch_size or len(indices)
     starts = range(0, len(indices), size)
@@ -640,7 +640,7 @@ def start(cfg: Config) -> Run:
             num_batches=num_batches,
             last_step=min(g.max_num_steps, num_batches),
             rewards=rewards,
-            episodes=start_episodes(cfg, tokenizer, stop_token_ids, engines) if cfg.env.plays_episodes else None,
+            episodes=None,
             policy=policy,
             engines=engines,
             checkpoints=checkpoints,
@@ -651,6 +651,10 @@ def start(cfg: Config) -> Run:
             exceeded=dict(last.exceeded),
             learned=last.step > 0,
         )
+        if cfg.env.plays_episodes:
+            from gym import Episodes  # only here, since the import takes half a second
+
+            run.episodes = Episodes(cfg, tokenizer, stop_token_ids, engines.workers)
         ray.get(loading, timeout=cfg.cluster.timeout_s)
         checkpoints.restore(policy)
         engines.connect(policy.workers)
@@ -658,12 +662,6 @@ def start(cfg: Config) -> Run:
         check_refit(cfg.policy, policy, engines, len(tokenizer))
         on_error.pop_all()
     return run
-
-
-def start_episodes(cfg: Config, tokenizer: Any, stop_token_ids: list[int], engines: RolloutEngines) -> Any:
-    from gym import Episodes  # here, since a run without episodes starts half a second sooner without it
-
-    return Episodes(cfg, tokenizer, stop_token_ids, engines.workers)
 
 
 def stop_if_not_finite(run: Run, result: dict[str, float], samples: list[Sample]) -> None:

@@ -33,7 +33,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from attention import SharedAttention
 from config import ConfigError, PolicyCfg
 
-GROUP_WEIGHTS = 1 << 27  # FSDP gathers and reduces decoder layers with at most so many weights together
+GROUP_WEIGHTS = 1 << 27  # most weights of decoder layers that FSDP gathers and reduces together
 HEAD_CHUNK = 4096  # the LM head computes this many response tokens at a time: float32 logits [HEAD_CHUNK, vocabulary]
 
 
@@ -65,10 +65,10 @@ class Sequences:
         )
 
     def by_prompt(self, limit: int) -> tuple[list[list[int]], list[int]]:
-        """Sequences with the same prompt, as parts of at most `limit` tokens (or of one sequence, if that is longer).
+        """Split sequences with the same prompt into parts of at most `limit` tokens (or of one longer sequence).
 
-        Returns the indices of each part's sequences and the tokens of each part. A part holds its prompt once: three
-        responses of 10 tokens to a prompt of 100 are a part of 130 tokens.
+        Returns the indices of each part's sequences, and each part's number of tokens. A part holds its prompt once:
+        three responses of 10 tokens to a prompt of 100 are a part of 130 tokens.
         """
         parts: list[list[int]] = []
         tokens: list[int] = []
@@ -87,9 +87,9 @@ class Sequences:
 def pack(lengths: list[int], budget: int, ranks: int) -> list[list[list[int]]]:
     """Spread parts over micro-batches: indices of parts as [rank][micro-batch][...].
 
-    A micro-batch has at most `budget` tokens, or one part that is longer. Every rank gets the same number of them,
-    since all ranks must run the same collectives; with too few parts some are empty. The longest part goes first, each
-    into the emptiest micro-batch; when one overflows, every rank gets one more and all starts again.
+    A micro-batch has at most `budget` tokens, or one longer part. All ranks must run the same collectives, so each gets
+    the same number of micro-batches, of which some may be empty. Parts go into the emptiest micro-batch, the longest
+    part first; if a micro-batch overflows, every rank gets one more and the distribution starts again.
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     per_rank = max(1, math.ceil(sum(min(n, budget) for n in lengths) / (budget * ranks)))
@@ -170,7 +170,7 @@ class MicroBatch:
 def stand_in(batch: Sequences) -> Sequences:
     """One masked sequence for a rank that has none left, so that it runs the same collectives as the others.
 
-    It has two tokens each, since torch.compile would treat a length of one as a case of its own.
+    Its prompt and response have two tokens each, since torch.compile would treat a length of one as a case of its own.
     """
     zeros = np.zeros(2, dtype=np.int64)
     per_token = {name: [np.zeros(2)] for name in batch.per_token}
@@ -250,7 +250,7 @@ AttentionInterface.register("packed", packed_attention)
 
 @functools.cache
 def fused(function: Callable) -> Callable:
-    """The same function as one GPU kernel: element by element, reading memory would take longer than computing."""
+    """`function` compiled into one GPU kernel, so that its operations need not each read and write memory."""
     return torch.compile(function, dynamic=True)
 
 
@@ -335,8 +335,8 @@ class TokenLogprobs(torch.autograd.Function):
     def chunks(tokens: int) -> list[slice]:
         """Slices of at most HEAD_CHUNK tokens, as even as possible.
 
-        Tensors cut with them are cloned before they go to a compiled function: torch.compile also looks at the tensor
-        behind a view, and would compile again for a second chunk or for a chunk of one token.
+        Callers clone what they cut with these for a compiled function: torch.compile also looks at the tensor behind a
+        view, and would compile again for a second chunk or for a chunk of one token.
         """
         count = max(1, math.ceil(tokens / HEAD_CHUNK))
         bounds = [tokens * i // count for i in range(count + 1)]
@@ -353,7 +353,7 @@ class TokenLogprobs(torch.autograd.Function):
 def token_entropy(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
     """Entropy [T], in nats, of the distributions that hidden [T, D] and the head's weight [V, D] give, with gradient.
 
-    HEAD_CHUNK tokens at a time, whose logits are computed again in the backward pass. Logits have the type of `hidden`.
+    It takes HEAD_CHUNK tokens at a time and computes their logits again in the backward pass, in the type of `hidden`.
     """
 
     def of_chunk(part: torch.Tensor) -> torch.Tensor:
@@ -383,9 +383,9 @@ def add_float32_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -
 
 
 class LogprobModel(nn.Module):
-    """A Hugging Face causal LM whose forward returns facts about the response tokens, never the whole logits.
+    """A Hugging Face causal LM whose forward pass returns facts about the response tokens, never all logits.
 
-    One module, so that FSDP gathers embedding, final norm and LM head (tied or not) around the whole forward pass.
+    It is one module, so that FSDP gathers embedding, final norm and LM head (tied or not) for the whole forward pass.
     """
 
     def __init__(self, lm: nn.Module, keep_logits: bool):
@@ -404,7 +404,7 @@ class LogprobModel(nn.Module):
 
 
 def packed_hidden(lm: nn.Module, mb: MicroBatch) -> torch.Tensor:
-    """The last hidden states that response tokens are predicted from [T, hidden]: the LM head runs on those only."""
+    """The last hidden states [T, hidden] that predict response tokens: the LM head runs on these only."""
     places = {"input_ids": mb.input_ids_N[None], "position_ids": mb.position_ids_N[None]}
     hidden = lm.base_model(**places, use_cache=False, **mb.attention).last_hidden_state[0]  # [N, hidden]
     return hidden[mb.predict_T]
@@ -418,10 +418,10 @@ def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel
     config, d = AutoConfig.from_pretrained(cfg.model_name), cfg.dtensor_cfg
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="packed")
-    with suppress(OSError):  # a model need not have one
+    with suppress(OSError):  # not every model has a generation configuration
         lm.generation_config = GenerationConfig.from_pretrained(cfg.model_name)
-    # An embedding gives no gradient to its padding token. Nothing is padded here, and where that token is also the end
-    # token, the model would never learn from the ends that it reads.
+    # An embedding gives its padding token no gradient. Nothing is padded here, and in many models the padding token is
+    # also the end token, whose embedding is to be trained.
     lm.get_input_embeddings().padding_idx = None
     switch_off_dropout(lm)
     if mesh["tp"].size() > 1:
@@ -439,8 +439,8 @@ def build_model(cfg: PolicyCfg, mesh: Any, device: torch.device) -> LogprobModel
     if d.compile_layers:
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-    # Each group of layers costs FSDP's hooks and collectives. Where gathered weights stay anyway, small layers share a
-    # group, and a small model is one group as a whole, since a list of layers runs its hook once for each of them.
+    # Each group of layers costs FSDP's hooks and collectives. If gathered weights stay anyway, small layers share a
+    # group, and a small model is one group as a whole: FSDP runs the hooks of a list once for each layer in it.
     size = sum(p.numel() for p in layers[0].parameters())
     many = 1 if d.reshard_after_forward or d.activation_checkpointing else max(1, GROUP_WEIGHTS // size)
     for start in range(0, len(layers), many) if many < len(layers) else ():
@@ -462,13 +462,13 @@ def load_weights(lm: nn.Module, model_name: str, device: torch.device) -> None:
             setattr(module, name, torch.empty_like(buffer, device=device))
     for weight in lm.parameters():
         weight._is_hf_initialized = True
-    lm.initialize_weights()  # of the buffers alone: those that are not in the files, such as rotary frequencies
+    lm.initialize_weights()  # only buffers, since the files lack some of them, such as rotary frequencies
     folder = model_name
     if not Path(folder).is_dir():
         folder = snapshot_download(model_name, allow_patterns=["*.safetensors"])
     reader = dcp.HuggingFaceStorageReader(folder)
     stored = reader.read_metadata().state_dict_metadata
-    wanted = revert_weight_conversion(lm, tensors_of(lm))  # a few types have other names in their files
+    wanted = revert_weight_conversion(lm, tensors_of(lm))  # the files of a few types have other names
     missing = [
         name
         for name, tensor in wanted.items()
@@ -480,20 +480,20 @@ def load_weights(lm: nn.Module, model_name: str, device: torch.device) -> None:
             f"or have another size there, such as {missing[0]}"
         )
     found = {name: tensor for name, tensor in wanted.items() if name in stored}
-    with warnings.catch_warnings(action="ignore"):  # of the lack of a process group
+    with warnings.catch_warnings(action="ignore"):  # it warns that there is no process group
         dcp.load(found, storage_reader=reader, no_dist=True)
 
 
 def tensors_of(lm: nn.Module) -> dict[str, torch.Tensor]:
-    """What belongs to a checkpoint, by Hugging Face name: weights (a tied head once, as the embedding) and buffers."""
-    names = lm.state_dict().keys()  # some buffers are made anew by each model
+    """What a checkpoint has, by Hugging Face name: weights (a tied head once, as the embedding) and buffers."""
+    names = lm.state_dict().keys()  # buffers that are not here are computed when a model is built
     return dict(lm.named_parameters()) | {name: buffer for name, buffer in lm.named_buffers() if name in names}
 
 
 def switch_off_dropout(lm: nn.Module) -> None:
-    """With dropout the same weights would give other log-probabilities in each pass, and ratios that mean nothing.
+    """Set every dropout to 0: it would change log-probabilities from pass to pass, and ratios would mean nothing.
 
-    Hugging Face's layers have it as a module, or as a number that they pass to a function.
+    Hugging Face's layers have dropout as a module, or as a number that they pass to a function.
     """
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
@@ -511,9 +511,9 @@ def parallelize(lm: nn.Module, mesh: Any) -> None:
 
 
 def add_partial_gradients(lm: nn.Module, mesh: Any) -> None:
-    """Sum over the tensor-parallel ranks the gradients of norms inside the attention: each rank saw its own heads only.
+    """Sum the gradients of norms inside the attention over the tensor-parallel ranks: each saw its own heads only.
 
-    Which norms those are is in the Hugging Face configuration's plan.
+    The plan in the Hugging Face configuration says which norms these are.
     """
     plan = lm.config.base_model_tp_plan if mesh.size() > 1 else {}
     for pattern, style in plan.items():

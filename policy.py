@@ -1,7 +1,7 @@
-"""The policy: one Ray actor per rank with its part of the model (model.py), update, optimizer, weights out, state.
+"""The policy, the model that is trained. One Ray actor per rank updates, sends and saves its part of it (model.py).
 
-It knows nothing about GRPO: `train_grpo.py` passes the loss function in. `PolicyWorker` is one rank, `Policy` all of
-them as the driver sees them.
+Nothing here knows about GRPO: `train_grpo.py` passes the loss function in. `PolicyWorker` is one rank; `Policy` is all
+ranks, as the driver sees them.
 """
 
 import math
@@ -31,9 +31,9 @@ from launch import Actors
 from model import MicroBatch, Sequences, add_partial_gradients, build_model, pack, tensors_of
 from refit import WeightSender, full
 
-WARM_UP_TOKENS = 2048  # near that of real batches: torch.compile tunes sums over tokens for the first number it sees
+WARM_UP_TOKENS = 2048  # like a real batch: torch.compile tunes sums over tokens for the first number of tokens it sees
 SCALE_STEPS = 2000  # float16: the loss scale doubles after so many steps without an overflow, as in torch's GradScaler
-STEP_FACTS = ("loss", "grad_norm", "lr", "micro_batches", "loss_scale")  # of an update, beside the loss's own metrics
+STEP_FACTS = ("loss", "grad_norm", "lr", "micro_batches", "loss_scale")  # metrics that are no means over tokens
 
 # ---------------------------------------------------------------- one rank
 
@@ -51,7 +51,7 @@ class PolicyWorker(WeightSender):
         self.steps_done = 0
         self.kernels = self.device.type == "cuda" and cfg.precision != "float32"
         if self.device.type == "cpu":
-            # The gradients of tokens that one hidden state predicts would be added up in the order of the threads.
+            # The first tokens of a group share a hidden state, whose gradients threads would add up in any order.
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         # float16 loses gradients below 6e-8, so the loss is scaled up, by as much as does not overflow
@@ -87,7 +87,7 @@ class PolicyWorker(WeightSender):
         self.mesh = init_device_mesh(self.device.type, (self.world_size // tp, tp), mesh_dim_names=("dp", "tp"))
         self.dp_rank, self.dp_size = self.mesh["dp"].get_local_rank(), self.mesh["dp"].size()
         self.model = build_model(self.cfg, self.mesh, self.device)
-        self.weights = list(self.model.parameters())  # float32, sharded; to walk through all modules takes a while
+        self.weights = list(self.model.parameters())  # float32, sharded; a list, since walking through modules is slow
         o = self.cfg.optimizer
         # AdamW works on the local shards, which share memory with the weights: on 300 DTensors a step would take tens
         # of milliseconds of Python, a tenth of a small model's whole step.
@@ -95,10 +95,10 @@ class PolicyWorker(WeightSender):
         self.optimizer = torch.optim.AdamW(
             self.shards, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
-        for shard in self.shards:  # made here, so that a checkpoint before the first step has them too
+        for shard in self.shards:  # so that a checkpoint before the first step has moments, too
             moments = {key: torch.zeros_like(shard.detach()) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **moments}
-        self.offer_weights(tensors_of(self.model.lm))  # with buffers: an engine would keep random numbers in them
+        self.offer_weights(tensors_of(self.model.lm))  # with buffers, in which an engine has random numbers
         self.reference = [w.cpu().clone() for w in self.local_weights()] if self.keep_reference else []
         return sum(w.numel() for w in self.weights)
 
@@ -107,7 +107,7 @@ class PolicyWorker(WeightSender):
 
         torch.compile and NCCL then do their first-time work while the engines are still loading, not in the first step.
         """
-        # No two lengths are the same, since torch.compile would take equal sizes for one and the same.
+        # All lengths differ, since torch.compile would take two equal sizes for the same size.
         ids = np.zeros(tokens // 6, dtype=np.int64)
         batch = Sequences([ids, ids, ids, ids[1:]], [ids[2:], ids[3:], ids[4:], ids[5:]], {}, {})
 
@@ -142,13 +142,13 @@ class PolicyWorker(WeightSender):
         trace: str | None = None,
         with_entropy: bool = False,
     ) -> dict[str, float]:
-        """One optimizer step on `batch` (the global one; each rank takes its share).
+        """One optimizer step on `batch`, the global one, of which each rank takes its share.
 
         `loss_fn(logprobs_T, sequence_T=, **per-token and per-sequence arrays, **loss_kwargs)` returns a loss that is
-        already divided by global counts, and a dict of sums (names ending in _min or _max: extrema). `with_entropy`: it
-        also gets `entropy_T`, with gradient. Returns those of the whole batch, and STEP_FACTS. With `trace` rank 0
-        writes a profile of the step there. Where the gradient is not finite the weights stay as they were, and
-        `grad_norm` says so.
+        already divided by global counts, and a dict of sums (extrema, if their names end in _min or _max). With
+        `with_entropy` it also gets `entropy_T`, with gradient. This method returns the metrics of the whole batch, and
+        STEP_FACTS. If the gradient is not finite, `grad_norm` says so and the weights stay as they were. Rank 0 writes
+        a profile of the step to `trace`.
         """
         with profiled(trace if self.rank == 0 else None):
             micro_batches = [batch.take(indices) for indices in self._micro_batches(batch)]
@@ -187,11 +187,12 @@ class PolicyWorker(WeightSender):
     def _gradients(
         self, micro_batches: list[Sequences], loss_fn: Callable, loss_kwargs: dict[str, Any], with_entropy: bool = False
     ) -> dict[str, torch.Tensor]:
-        """Leave the batch's gradients, times `loss_scale`, in the parameters; returns this rank's metrics."""
+        """Leave the batch's gradients, times `loss_scale`, in the parameters; return this rank's metrics."""
         totals: dict[str, torch.Tensor] = {}
         scale = self.dp_size * self.loss_scale  # FSDP averages over ranks, but the loss has global denominators already
+        every = self.cfg.dtensor_cfg.clear_cache_every_n_steps
         for i, sequences in enumerate(micro_batches):
-            mb = MicroBatch.build(sequences, self.device, self.kernels)  # here: the GPU still works on the one before
+            mb = MicroBatch.build(sequences, self.device, self.kernels)  # while the GPU works on the one before
             if len(micro_batches) > 1:
                 last = i == len(micro_batches) - 1
                 self.model.set_requires_gradient_sync(last)  # reduce gradients once per optimizer step
@@ -202,7 +203,8 @@ class PolicyWorker(WeightSender):
             loss, metrics = loss_fn(logprobs_T, sequence_T=mb.sequence_T, **mb.extras_T, **loss_kwargs)
             (loss * scale).backward()
             merge_metrics(totals, metrics)
-            self._clear_cache(i)
+            if every and (i + 1) % every == 0:
+                self.empty_cache()
         add_partial_gradients(self.model.lm, self.mesh["tp"])
         return totals
 
@@ -210,7 +212,7 @@ class PolicyWorker(WeightSender):
     def logprobs(self, batch: Sequences, reference: bool = False) -> dict[int, np.ndarray]:
         """Log-probabilities of this rank's share of the response tokens, by index in `batch`.
 
-        Under the present weights, or with `reference` under those that the run started from.
+        They are those of the present weights, or with `reference` of the weights that the run started from.
         """
         found = {}
         with self._starting_weights() if reference else nullcontext():
@@ -219,14 +221,14 @@ class PolicyWorker(WeightSender):
                 logprobs_T = self.model(mb, self.cfg.generation.temperature)[0].cpu().numpy()
                 ends = np.cumsum([len(batch.response_ids[i]) for i in indices])
                 found |= dict(zip(indices, np.split(logprobs_T, ends)[:-1], strict=True)) if indices else {}
-            # Without a backward pass gathered weights would outlive the next update.
+            # No backward pass frees gathered weights here, and after the next update they would be out of date.
             for module in (m for m in self.model.modules() if isinstance(m, FSDPModule)):
                 module.reshard()
         return found
 
     @contextmanager
     def _starting_weights(self) -> Iterator[None]:
-        """For the while the model has the weights that the run started from."""
+        """Within this the model has the weights that the run started from."""
         local = self.local_weights()
         present = [w.clone() for w in local]
         torch._foreach_copy_(local, self.reference)
@@ -241,13 +243,8 @@ class PolicyWorker(WeightSender):
             group["lr"] = lr
         return lr
 
-    def _clear_cache(self, i: int) -> None:
-        every = self.cfg.dtensor_cfg.clear_cache_every_n_steps
-        if every and (i + 1) % every == 0:
-            self.empty_cache()
-
     def empty_cache(self) -> None:
-        """Give unused memory back to the GPU, for an engine that wakes there."""
+        """Give unused memory back to the GPU, so that an engine can wake there."""
         if self.device.type == "cuda":
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
@@ -291,7 +288,7 @@ class PolicyWorker(WeightSender):
         self._writing = self._writer.submit(self._write, folder, state, weights, publish)
 
     def _write(self, folder: str, state: dict, weights: dict, publish: Callable[[], None]) -> tuple[str | None, float]:
-        """Runs in the thread. Returns what went wrong in one line (None: nothing) and the seconds it took."""
+        """Write a checkpoint, in the thread. Returns the error in one line (None: none) and the seconds it took."""
         began, error = time.monotonic(), None
         try:
             dcp.save(  # ends on rank 0 only after all ranks have written, and fails on all if one fails
@@ -315,10 +312,10 @@ class PolicyWorker(WeightSender):
         return writing.result(timeout=self.timeout_s) if writing else (None, 0.0)
 
     def load(self, folder: str) -> None:
-        """Continue from what `save` wrote, by whatever number of ranks.
+        """Continue from what `save` wrote on any number of ranks.
 
-        The checkpoint lacks the random state of a rank that it did not have, and the loss scale where it was trained in
-        another precision; those stay as they are.
+        A checkpoint from fewer ranks lacks this rank's random state, and one of another precision lacks the loss scale:
+        then those stay as they are.
         """
         reader, state = dcp.FileSystemReader(folder), self._training_state()
         saved = reader.read_metadata().state_dict_metadata
@@ -331,7 +328,7 @@ class PolicyWorker(WeightSender):
         for name in state.keys() & setters.keys():
             setters[name](state[name])
         for shard, (name, _) in zip(self.shards, self.model.named_parameters(), strict=True):
-            for key in ("exp_avg", "exp_avg_sq"):  # with cpu_offload what was loaded is a copy on the GPU
+            for key in ("exp_avg", "exp_avg_sq"):  # copied, since with cpu_offload the loaded tensor is on the GPU
                 self.optimizer.state[shard][key].copy_(state[f"{key}.{name}"].to_local())
 
 
@@ -360,7 +357,7 @@ def merge_metrics(totals: dict[str, torch.Tensor], new: dict[str, torch.Tensor])
 
 
 def reduce_metrics(totals: dict[str, torch.Tensor], group: Any) -> dict[str, float]:
-    """The same over ranks, in three collectives and one transfer to the host."""
+    """Combine metrics over ranks: extrema and sums, with one collective and one host sync for each of the three."""
     result = {}
     ops = {"_min": dist.ReduceOp.MIN, "_max": dist.ReduceOp.MAX, "": dist.ReduceOp.SUM}
     for name, value in totals.items():
@@ -375,17 +372,16 @@ def reduce_metrics(totals: dict[str, torch.Tensor], group: Any) -> dict[str, flo
 
 
 def sharded_like(weight: DTensor, shard: torch.Tensor) -> DTensor:
-    """`shard` as this rank's part of a tensor that is split over the ranks as `weight` is."""
+    """A tensor that is split over the ranks like `weight`, and of which this rank has `shard`."""
     mesh, placements = weight.device_mesh, weight.placements
     return DTensor.from_local(shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
 def clip_gradients(weights: list[nn.Parameter], max_norm: float | None, loss_scale: float = 1.0) -> torch.Tensor:
-    """Divide the gradients of `weights` by `loss_scale`, and then by what brings their global norm down to `max_norm`.
+    """Divide the gradients by `loss_scale`, then shrink them to a global norm of at most `max_norm` (None: any norm).
 
-    Returns the norm between the two. `max_norm` None: no clipping. torch's own function fails where weights lie on
-    different meshes (tensor parallel or not). Each rank sums the squares of its shards for all weights that are split
-    alike, and one collective for each such kind adds up the ranks: a norm of each DTensor would be one each.
+    Returns the norm before clipping. torch's own function fails if some weights are tensor parallel and others are not.
+    Weights that are split alike share one collective; asking each DTensor for its norm would take one for each weight.
     """
     grads = [w.grad for w in weights if w.grad is not None]
     local = [grad.to_local() for grad in grads]
@@ -456,7 +452,7 @@ class Policy(Actors):
         self.all("save", str(folder), publish)
 
     def wait_saved(self) -> list[tuple[str | None, float]]:
-        """Wait for that; each rank's error (None: none) and seconds."""
+        """Wait for the write in progress, if any; returns each rank's error (None: none) and seconds."""
         return self.all("wait_saved")
 
     def load(self, folder: str | Path) -> None:

@@ -2,10 +2,10 @@
 
 A bucket is one flat tensor of about a gigabyte that holds many weights, one after the other. It travels in one of three
 ways (`Route`), by where the engines are:
-- "ipc": engine and policy rank share a GPU; each engine maps its neighbour's bucket through a CUDA IPC handle;
+- "ipc": engine and policy rank share a GPU; each engine maps its rank's bucket through a CUDA IPC handle;
 - "object store": on the CPU rank 0's bytes travel through Ray's object store to every engine;
-- "broadcast": engines have GPUs of their own; rank 0 broadcasts to the first engine on each over NCCL (gloo on the
-  CPU), and that one hands the bucket to the others there in one of the first two ways.
+- "broadcast": engines have GPUs of their own; rank 0 broadcasts to the first engine on each GPU over NCCL (gloo on the
+  CPU), and this engine hands the bucket to the others on its GPU in one of the first two ways.
 
     driver (Link)     weight_bucket(0)          load_weight_bucket(0)      weight_bucket(1) ...
                             |                          ^
@@ -27,7 +27,6 @@ Buckets = list[list[tuple[str, torch.Size]]]  # for each bucket the (Hugging Fac
 
 
 def route(device: str, colocated: bool) -> Route:
-    """How weights travel."""
     if not colocated:
         return "broadcast"
     return "ipc" if device == "cuda" else "object store"
@@ -47,8 +46,7 @@ def split_into_buckets(weights: dict[str, torch.Tensor], itemsize: int) -> Bucke
 
 
 def full(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The whole of a weight that may be sharded over the ranks; then all of them must call this alike, and it is
-    `dtype`'s already, since that halves what travels."""
+    """The whole of a weight. All ranks must call this for a sharded one, which travels, and comes, as `dtype`."""
     weight = weight.detach()
     if not isinstance(weight, DTensor):
         return weight
@@ -58,7 +56,7 @@ def full(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torc
 
 
 class Refitting:
-    """What both halves have: at most one bucket that others may be reading, and a process group for broadcasts."""
+    """What sender and receiver have: a process group for broadcasts, and the bucket that others may be reading."""
 
     device: torch.device
     dtype: torch.dtype  # of the weights on their way
@@ -67,9 +65,9 @@ class Refitting:
     shared: torch.Tensor | None = None
 
     def join_broadcast(self, address: str, rank: int, size: int) -> None:
-        """Meet the policy's rank 0 (`rank` 0) and the first engine of each GPU, beside each side's own default group.
+        """Join the group of the policy's rank 0 (`rank` 0 here) and the first engine of each GPU.
 
-        Blocks until all `size` members have come, at most `timeout_s`.
+        It blocks until all `size` members have joined, for at most `timeout_s`.
         """
         host, _, port = address.rpartition(":")
         timeout = timedelta(seconds=self.timeout_s)
@@ -84,12 +82,12 @@ class Refitting:
     def share(self, flat: torch.Tensor, readers: int) -> Any:
         """`flat` as a message to other processes on this machine, for `WeightReceiver.load_weight_bucket`.
 
-        From a GPU that is one handle for each of the `readers`: torch counts the readers of a handle down from one,
-        and would keep the memory of a handle that two have read for ever.
+        On a GPU the message has one handle for each of the `readers`: torch counts a handle's readers down from one, so
+        if two had read the same handle, its memory would never be freed.
         """
         if flat.device.type == "cpu":
             return flat.view(torch.uint8).numpy()
-        self.shared = flat  # must stay until they have read it: until the next bucket, or `release_weight_bucket`
+        self.shared = flat  # its memory must stay until all have read it, as they have before the next bucket
         torch.cuda.synchronize()
         return [reduce_tensor(flat)[1] for _ in range(readers)]
 
@@ -99,12 +97,12 @@ class Refitting:
 
 
 class WeightSender(Refitting):
-    """The policy's half; `policy.PolicyWorker` inherits it, one per rank."""
+    """The policy's half, which `policy.PolicyWorker` inherits."""
 
     rank: int
 
     def offer_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """From now on `weights` (by Hugging Face name, sharded or not) can be sent."""
+        """Set the weights that can be sent, by Hugging Face name, sharded or not."""
         self.offered, self.buckets = weights, split_into_buckets(weights, self.dtype.itemsize)
 
     def weight_buckets(self) -> Buckets:
@@ -112,7 +110,7 @@ class WeightSender(Refitting):
 
     @torch.no_grad()
     def flat_bucket(self, index: int) -> torch.Tensor:
-        """Bucket `index` as one flat tensor. Gathers sharded weights, so all ranks must call it alike."""
+        """Bucket `index` as one flat tensor. All ranks must call this, since it gathers sharded weights."""
         names, shapes = zip(*self.buckets[index], strict=True)
         sizes = [shape.numel() for shape in shapes]
         flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
@@ -121,7 +119,10 @@ class WeightSender(Refitting):
         return flat
 
     def weight_bucket(self, index: int, by: Route, readers: int) -> Any:
-        """Send bucket `index`: as a message to this rank's `readers`, or by broadcast (then, and from others, None)."""
+        """Return bucket `index` as a message to this rank's `readers`, or broadcast it and return None.
+
+        Ranks other than 0 only help to gather the bucket, unless it goes "ipc".
+        """
         flat = self.flat_bucket(index)
         if by == "ipc" or (by == "object store" and self.rank == 0):
             return self.share(flat, readers)
@@ -134,13 +135,13 @@ class WeightReceiver(Refitting):
     """The engine's half; `rollout.RolloutWorker` inherits it and has `load_weights`, as vLLM's models do."""
 
     def expect_weights(self, buckets: Buckets, place: int) -> None:
-        """Told once, before the first refit. `place`: which of the readers of a message this engine is."""
+        """Called before the first refit. `place`: this engine's number among the readers of a message."""
         self.buckets, self.place = buckets, place
 
     def load_weight_bucket(self, index: int, sent: Any, readers: int = 0) -> Any:
-        """Copy bucket `index` into the model: from the message that was sent, or without one from the broadcast.
+        """Copy bucket `index` into the model, from the message `sent` or, if that is None, from the broadcast.
 
-        Returns a message for `readers` more engines on this GPU (None: there are none).
+        Returns a message for the `readers`, the other engines on this GPU; None if there are none.
         """
         sizes = [shape.numel() for _, shape in self.buckets[index]]
         if sent is None:
@@ -163,14 +164,14 @@ class Link:
     def __init__(
         self, policy_workers: list[Any], engine_workers: list[Any], gpus: list[int], by: Route, timeout_s: float
     ):
-        """`gpus`: the number of each engine's GPU; engines beside the policy have that of its rank there."""
+        """`gpus`: the number of each engine's GPU, which for "ipc" is the number of the policy rank on it."""
         self.policy, self.engines, self.gpus, self.by = policy_workers, engine_workers, gpus, by
         self.timeout_s = timeout_s
         buckets = self._wait([policy_workers[0].weight_buckets.remote()])[0]
         self.num_buckets = len(buckets)
         places = [gpus[:i].count(gpu) for i, gpu in enumerate(gpus)]
         first_of_gpu = [e for e, place in zip(engine_workers, places, strict=True) if place == 0]
-        if by == "broadcast":  # then the first engine of a GPU reads no message, and those after it count from 0
+        if by == "broadcast":  # the first engine of a GPU reads no message, so the others count from 0
             places = [max(0, place - 1) for place in places]
         self._wait([e.expect_weights.remote(buckets, p) for e, p in zip(engine_workers, places, strict=True)])
         if by == "broadcast":  # NCCL takes no two processes on one GPU: one engine on each joins and feeds the others
@@ -182,13 +183,13 @@ class Link:
         return ray.get(references, timeout=self.timeout_s)
 
     def refit(self) -> None:
-        """Bring all weights over; returns when every engine has them."""
+        """Copy all weights to every engine."""
         readers = [self.gpus.count(rank) for rank in range(len(self.policy))]
         for index in range(self.num_buckets):
             sent = [w.weight_bucket.remote(index, self.by, n) for w, n in zip(self.policy, readers, strict=True)]
             self._wait([*self._load(index, sent), *sent])
         for holder in self.policy + self.engines:
-            holder.release_weight_bucket.remote()  # not waited for: an actor does one thing after the other
+            holder.release_weight_bucket.remote()  # nobody waits for this: actors do one thing after the other
 
     def _load(self, index: int, sent: list[Any]) -> list[Any]:
         """Let every engine load bucket `index`; returns references to wait for."""
@@ -203,5 +204,5 @@ class Link:
         return loads
 
     def make_room(self) -> None:
-        """Let the policy return memory that it does not use at the moment, for the engine that wakes beside it."""
+        """Let the policy give unused memory back to the GPU, for the engine that wakes there."""
         self._wait([w.empty_cache.remote() for w in self.policy])

@@ -1,9 +1,9 @@
 """Rewards over HTTP: starts `reward_server.py` when no URL is given, sends groups, survives the server's death.
 
-`env.reward_url` may also be a resources server of NeMo Gym, which is asked for one answer at a time.
+`env.reward_url` may also be a resources server of NeMo Gym, which gets one response at a time.
 
-A group that cannot be verified comes back with status "unreachable" and is masked by the trainer, never scored 0. A
-server that refuses a request (HTTP 4xx) ends the run with what it said.
+A group that cannot be verified comes back with status "unreachable" and is masked by the trainer, never scored 0. If a
+server refuses a request (HTTP 4xx), the run ends with what the server said.
 """
 
 import os
@@ -21,8 +21,8 @@ import requests
 from config import ConfigError, Env
 from launch import RunError
 
-VERIFIED = frozenset({"correct", "wrong", "no_answer"})  # any other status says nothing about the answer
-LARGEST_REWARD = 1e6  # beyond this a reward is taken for a fault of the verifier
+VERIFIED = frozenset({"correct", "wrong", "no_answer"})  # any other status says nothing about the response
+LARGEST_REWARD = 1e6  # a larger reward is taken for a fault of the verifier
 START_DEADLINE_S = 30.0
 HEALTH_DEADLINE_S = 10.0
 ATTEMPTS = 3
@@ -31,21 +31,21 @@ UNREACHABLE = {"reward": 0.0, "status": "unreachable", "extracted_answer": None}
 
 
 def checked(verdict: Any) -> dict[str, Any]:
-    """A verdict as the server gave it, or an unverified one if its reward or status cannot be used."""
+    """The server's verdict, or an unverified one if its reward or status cannot be used."""
     reward, status = verdict["reward"], verdict["status"]
-    number = isinstance(reward, int | float) and abs(reward) <= LARGEST_REWARD  # not for NaN
+    number = isinstance(reward, int | float) and abs(reward) <= LARGEST_REWARD  # false for NaN
     return verdict if number and isinstance(status, str) else UNREACHABLE | {"status": "unusable"}
 
 
 def checked_group(reply: dict[str, Any], size: int) -> list[dict[str, Any]]:
-    """The verdicts on a group in a reply to /verify_batch."""
+    """The verdicts on a group, from a reply to /verify_batch."""
     if len(reply["results"]) != size:
         raise ValueError(f"{len(reply['results'])} verdicts for {size} answers")
     return [checked(verdict) for verdict in reply["results"]]
 
 
 def checked_gym(reply: dict[str, Any]) -> dict[str, Any]:
-    """The verdict in a reply of NeMo Gym to /verify or /run, where `mask_sample` says that there is none."""
+    """The verdict in NeMo Gym's reply to /verify or /run. With `mask_sample` the reward says nothing."""
     reward = reply["reward"]
     masked = reply.get("mask_sample") or (reply.get("instance_config") or {}).get("mask_sample")
     right = isinstance(reward, int | float) and reward > 0
@@ -54,7 +54,7 @@ def checked_gym(reply: dict[str, Any]) -> dict[str, Any]:
 
 
 def gym_response(text: str) -> dict[str, Any]:
-    """An answer as NeMo Gym wants it: the thoughts before the last `</think>` are an item of their own."""
+    """A response in NeMo Gym's format, with the thoughts before the last `</think>` in an item of their own."""
     thoughts, end, said = text.rpartition("</think>")
     content = [{"type": "output_text", "text": said, "annotations": []}]
     output = [{"type": "message", "id": "answer", "role": "assistant", "status": "completed", "content": content}]
@@ -66,7 +66,7 @@ def gym_response(text: str) -> dict[str, Any]:
 
 
 class RewardClient:
-    """Scores groups of answers in the background; one per run."""
+    """Scores groups of responses in the background; one per run."""
 
     def __init__(self, cfg: Env, log_dir: str | Path):
         """Start a server on this node, or check that the one at `env.reward_url` answers. Raises ConfigError if not."""
@@ -76,7 +76,7 @@ class RewardClient:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="reward")
-        self._single = ThreadPoolExecutor(32, thread_name_prefix="reward_single")  # of answers, for NeMo Gym
+        self._single = ThreadPoolExecutor(32, thread_name_prefix="reward_single")  # one response each, for NeMo Gym
         self.is_gym = False
         if cfg.reward_url:
             self.url = cfg.reward_url.rstrip("/")
@@ -122,7 +122,7 @@ class RewardClient:
             if banner:
                 self.url = banner[0].removeprefix(BANNER).strip()
                 return
-            time.sleep(0.02)  # the server says when it is ready; this only paces the reading
+            time.sleep(0.02)
         self.process.kill()
         raise ConfigError(f"the reward server did not start within {START_DEADLINE_S:.0f} s; see {self.log_path}")
 
@@ -142,13 +142,13 @@ class RewardClient:
 
     def _verify_in_gym(self, item: dict[str, Any]) -> dict[str, Any]:
         row = item["row"]
-        with requests.Session() as session:  # with cookies of its own, by which Gym tells answers apart
+        with requests.Session() as session:  # with its own cookies, by which Gym tells responses apart
             seeded = self._ask(session, "/seed_session", row, lambda _: True)
             request = row | {"response": gym_response(item["text"])}
             return (seeded and self._ask(session, "/verify", request, checked_gym)) or UNREACHABLE
 
     def _ask(self, session: requests.Session, path: str, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
-        """What `read` makes of the reply; None if there is no reply that it can read. Raises RunError if refused."""
+        """Return `read(reply)`, or None if no reply could be read. Raises RunError if the server refuses."""
         for attempt in range(ATTEMPTS):
             url = self.url
             try:
@@ -185,7 +185,7 @@ class RewardClient:
             self._start()
 
     def _is_alive(self) -> bool:
-        """Whether our server runs and says so; it does also while its workers are busy."""
+        """Whether our server runs and answers, which it also does while its workers are busy."""
         if self.process.poll() is not None:
             return False
         try:
@@ -194,7 +194,7 @@ class RewardClient:
             return False
 
     def close(self) -> None:
-        """Stop the server we started; whoever's server it is otherwise stays."""
+        """Stop the server if we started it."""
         for pool in (self._pool, self._single):
             pool.shutdown(wait=False, cancel_futures=True)
         if self.process and self.process.poll() is None:

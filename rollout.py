@@ -1,6 +1,6 @@
-"""vLLM engines: one Ray actor per engine; token ids in, token ids and log-probabilities out; weight refit, sleep.
+"""vLLM engines, one Ray actor per engine: token ids in, token ids and log-probabilities out.
 
-The engine runs in the actor's own process: no second process to hand tokens to, and weights are copied in place.
+The engine runs in the actor's own process, so tokens need not go to a second one and a refit copies weights in place.
 """
 
 import gc
@@ -20,8 +20,8 @@ from config import Config, PolicyCfg
 from launch import OUT_OF_MEMORY_ADVICE, Actors
 from refit import Link, WeightReceiver, route
 
-MOST_RESTARTS = 3  # for one batch of prompts; an engine that dies once more will not be helped by another start
-ADVANCE_S = 0.05  # how long requests of episodes wait until the engine takes them in
+MOST_RESTARTS = 3  # of engines for one batch of prompts; then something is wrong that a restart does not cure
+ADVANCE_S = 0.05  # an engine that plays episodes takes in new requests at least this often
 
 
 @dataclass
@@ -47,13 +47,14 @@ class RolloutWorker(WeightReceiver):
         not_for_kv_cache: int | None = None,
     ):
         """`model_name`: load these weights; without it the engine starts with random ones and waits for a refit.
-        `not_for_kv_cache`: bytes of its share of the GPU that others take; without it vLLM measures what is free."""
+        `not_for_kv_cache`: bytes of its GPU share that weights and policy take; without it vLLM measures what is free.
+        """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        gc.disable()  # vLLM's import makes many objects that all stay; looking through them takes a second of seven
+        gc.disable()  # the import makes many objects that stay; looking for garbage among them takes a second of seven
         from vllm import LLM
 
-        gc.freeze()  # vLLM itself asks for five more looks while it starts
+        gc.freeze()  # vLLM collects garbage five times while it starts: not among these objects
         gc.enable()
         self.cfg, self.timeout_s = cfg, timeout_s
         self.device, self.dtype = torch.device(device), getattr(torch, cfg.precision)
@@ -75,8 +76,8 @@ class RolloutWorker(WeightReceiver):
             gpu_memory_utilization=share,
             kv_cache_memory_bytes=kv_bytes,
             enforce_eager=v.enforce_eager,
-            # Where vLLM computes a prompt in pieces, it resets the random state of a prompt that has its own seed. The
-            # CPU's generator cannot do that.
+            # If vLLM computes a prompt in chunks, it resets the random state of a prompt with a seed of its own, which
+            # the CPU's generator cannot do.
             enable_chunked_prefill=False if device == "cpu" else None,
             enable_sleep_mode=device == "cuda" and generation.colocated.enabled and generation.colocated.sleep,
             logprobs_mode="processed_logprobs",  # after temperature, like the trainer's
@@ -98,7 +99,7 @@ class RolloutWorker(WeightReceiver):
             kv_bytes = int(share * torch.cuda.get_device_properties(0).total_memory) - not_for_kv_cache
             if kv_bytes <= 0:
                 raise MemoryError(f"no memory is left for the KV cache: {OUT_OF_MEMORY_ADVICE}")
-        # Given the bytes, vLLM uses the share only to refuse to start where less than that is free.
+        # If the bytes are given, vLLM reads the share only to refuse to start when less than that is free.
         return (share if kv_bytes is None else 0.01), kv_bytes
 
     def ready(self) -> bool:
@@ -114,8 +115,8 @@ class RolloutWorker(WeightReceiver):
     ) -> Iterator[list[Group]]:
         """Sample `n` responses to each (index, token ids) and yield groups as they finish.
 
-        One `seed` fixes this call's samples whatever ran before, on the same hardware, so a resumed run repeats them.
-        With a seed for each prompt (slower) a prompt's samples do not depend on the other prompts either.
+        On the same hardware one `seed` fixes the samples of this call, so that a resumed run repeats them. With a seed
+        for each prompt (slower) a prompt's samples do not depend on the other prompts either.
         """
         self.start_batch(seed if isinstance(seed, int) else None)
         seeds: list[int | None] = seed if isinstance(seed, list) else [None] * len(prompts)
@@ -127,8 +128,8 @@ class RolloutWorker(WeightReceiver):
                 yield groups
 
     def start_batch(self, seed: int | None) -> None:
-        """Forget what older weights computed. One seed for all requests to come, or with None none."""
-        if not self.llm.reset_prefix_cache():  # it may hold keys and values that older weights computed
+        """Empty the prefix cache, which older weights filled, and set the seed (None: none) of all coming requests."""
+        if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
         if seed is not None:
             torch.manual_seed(seed)  # vLLM's older runner samples from torch's generator,
@@ -162,15 +163,15 @@ class RolloutWorker(WeightReceiver):
         self.engine.add_request(str(index), {"prompt_token_ids": ids}, params)
 
     def step(self) -> list[Group]:
-        """Sample one token for each running request; returns the groups that are finished by it."""
+        """Sample one token for each running request; returns the groups that are now finished."""
         return [self._group(output) for output in self.engine.step() if output.finished]
 
     def advance(
         self, requests: list[tuple[int, list[int], int]], stop_token_ids: list[int], temperature: float
     ) -> list[Group]:
-        """Take in requests of (index, token ids, max_tokens) and go on with all until one is finished, or for a while.
+        """Add requests (index, token ids, max_tokens), and run all until one is finished, at most for ADVANCE_S.
 
-        For gym.py, which calls it again and again: requests that come in the meantime are in the next call.
+        gym.py calls this again and again, and hands over new requests with the next call.
         """
         for index, ids, max_tokens in requests:
             self.add_request(index, ids, 1, None, stop_token_ids, temperature, max_tokens)
@@ -181,7 +182,7 @@ class RolloutWorker(WeightReceiver):
         return found
 
     def abort(self, indices: list[int]) -> None:
-        """Drop these requests, as far as they are not finished."""
+        """Drop those of these requests that are not finished."""
         self.engine.abort_request([str(index) for index in indices])
 
     @staticmethod
@@ -207,9 +208,9 @@ class RolloutWorker(WeightReceiver):
 
 
 def keep_original_weights() -> None:
-    """Stop vLLM's CPU build from repacking linear weights at load and dropping the originals, which a refit writes to.
+    """Stop vLLM's CPU build from repacking linear weights and dropping the originals, which a refit writes to.
 
-    It does so for oneDNN, and in bfloat16 also for kernels of its own.
+    It repacks them for oneDNN, and in bfloat16 also for kernels of its own.
     """
     import vllm._custom_ops
     from vllm.model_executor.layers import utils
@@ -237,7 +238,7 @@ class RolloutEngines(Actors):
     """All engines as one object for the training loop."""
 
     def __init__(self, cfg: Config, placement: Any, model_name: str | None = None, not_for_kv_cache: int | None = None):
-        """`model_name`, `not_for_kv_cache`: as for `RolloutWorker`; the latter is for engines beside a policy only."""
+        """`model_name`, `not_for_kv_cache`: as in `RolloutWorker`; engines with their own GPUs ignore the latter."""
         colocated, bundles = cfg.policy.generation.colocated, cfg.engine_bundles
         not_for_kv_cache = not_for_kv_cache if colocated.enabled else None
         arguments = [
@@ -245,7 +246,7 @@ class RolloutEngines(Actors):
             for i in range(len(bundles))
         ]
         share = (0.5 if colocated.enabled else 1.0) / cfg.policy.generation.engines_per_gpu
-        # On a CPU vLLM would compile a line of its sampler, for ten seconds on a new machine, and save nothing by it.
+        # On a CPU vLLM would compile a line of its sampler, which takes ten seconds on a new machine and saves nothing.
         eager = {"TORCHDYNAMO_DISABLE": str(int(cfg.policy.generation.vllm_cfg.enforce_eager))}
         super().__init__(RolloutWorker, arguments, cfg, placement, bundles, share, gpu_env={}, cpu_env=eager)
         self.cfg, self.sleeps = cfg, self.on_gpu and colocated.enabled and colocated.sleep
@@ -266,12 +267,12 @@ class RolloutEngines(Actors):
         stop_token_ids: list[int],
         temperature: float | None = None,
     ) -> Iterator[Group]:
-        """Sample `n` answers to every prompt (token ids); yields one `Group` a prompt, in the order they finish.
+        """Sample `n` responses to every prompt (token ids); yields one `Group` a prompt, in the order they finish.
 
-        Prompts are dealt to the engines in turn; each engine draws from its own seed, or with a list of seeds each
-        prompt from its own. An engine that dies is replaced, and the new one is asked for the same prompts with the
-        same seed: those that the old one had answered must be among them, since all samples depend on each other.
-        Raises TimeoutError when no engine has finished a group for `cluster.timeout_s`.
+        Prompts are dealt to the engines in turn. Each engine has its own seed, or with a list of seeds each prompt. An
+        engine that dies is replaced. The new one gets all of its prompts with the same seed, also those of finished
+        groups, since samples depend on what else is sampled. Raises TimeoutError when no engine has finished a group
+        for `cluster.timeout_s`.
         """
         if temperature is None:
             temperature = self.cfg.policy.generation.temperature
@@ -306,17 +307,17 @@ class RolloutEngines(Actors):
                 answered.update(group.index for group in groups)
 
     def replace(self, i: int, reason: Exception) -> None:
-        """Start engine `i`, which died, again where it was, with the policy's weights."""
+        """Replace engine `i`, which died, by one in the same place with the policy's weights."""
         why = " ".join(str(reason).split())[-200:]
         print(f"rollout engine {i} died, starting it again ({why})", file=sys.stderr, flush=True)
         self.restarts += 1
         ray.kill(self.workers[i])  # Ray may only have lost sight of it
-        # Makes room. Where a policy rank died too, with its node, this raises what ends the run.
+        # This makes room. If the node is lost, with a policy rank on it, this raises the error that ends the run.
         ray.get([w.empty_cache.remote() for w in self.policy], timeout=self.timeout_s)
         self.workers[i] = self.starters[i]()
         if self.policy:  # in evaluate.py engines read their weights themselves
             Link(self.policy, [self.workers[i]], [self.cfg.engine_bundles[i]], self.route, self.timeout_s).refit()
-            self.link = None  # the one of all engines still knows the old one
+            self.link = None  # it holds the dead engine: the next refit makes a new one
 
     def replace_dead(self) -> None:
         """Replace engines that died while nothing was asked of them."""
@@ -327,7 +328,7 @@ class RolloutEngines(Actors):
                 self.replace(i, e)
 
     def surviving(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns; where engines die meanwhile they are replaced, and it is done again."""
+        """Return what `work` returns; if engines die in it, replace them and call it again."""
         for _ in range(MOST_RESTARTS):
             try:
                 return work()
@@ -340,13 +341,13 @@ class RolloutEngines(Actors):
             self.all("sleep")
 
     def connect(self, policy_workers: list[Any]) -> None:
-        """From now on weights come from there."""
+        """Name the actors that weights come from."""
         self.policy = policy_workers
 
     def refit(self) -> None:
         """Bring the policy's weights into every engine and wake the KV memory. (`generate` forgets cached prefixes.)"""
-        self.replace_dead()  # in a broadcast the others would wait for them
-        self.surviving(self._refit)  # what is awake already stays so
+        self.replace_dead()  # a broadcast would wait for them
+        self.surviving(self._refit)  # to wake an engine twice does no harm
 
     def _refit(self) -> None:
         if not self.link:

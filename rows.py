@@ -23,8 +23,8 @@ AGENT_REF = {"type": "responses_api_agents", "name": "math_with_judge_simple_age
 def read_row(row: Any, math: bool = True) -> dict[str, Any]:
     """The row with its prompt as chat messages and its answer as text; a materialized row is in its `task_input`.
 
-    With `math=False` it may be any environment's, with any answer or none. Raises ValueError, which names the field,
-    for what would be left out of the training without a word.
+    With `math=False` the row may be of any environment, with any answer or none. Raises ValueError, which names the
+    field, for what training would otherwise silently ignore.
     """
     if isinstance(row, dict):
         row = row.get("task_input", row)
@@ -74,11 +74,10 @@ def answer_text(value: Any) -> str:
 
 
 class Rows:
-    """Rows of a JSONL file with their prompts as token ids. The order depends only on seed and step."""
+    """Rows of a JSONL file with their prompts as token ids."""
 
     def __init__(self, path: str, tokenizer: Any, max_length: int, task: str = "math"):
-        """`task`: "math" for the math verifier, "any" for whatever verifier there is, or "episode" for rows as they
-        are, whose prompts are made in the episode."""
+        """`task`: "math" for the math verifier, "any" for another one, "episode" if the episode makes the prompt."""
         try:
             lines = Path(path).read_bytes().split(b"\n")
         except OSError as e:
@@ -108,7 +107,7 @@ class Rows:
         return len(self.rows)
 
     def number_of_batches(self, prompts_per_step: int, epochs: int) -> int:
-        """In all epochs, which drop their incomplete last batch. Raises ConfigError if not one batch is full."""
+        """Full batches in all epochs. Raises ConfigError if there is none."""
         per_epoch = len(self) // prompts_per_step
         if not per_epoch:
             raise ConfigError(
@@ -140,7 +139,7 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer of a Hugging Face folder or name. Raises ConfigError if it cannot format a chat.
 
-    `chat_template`: a file to use instead of its own template; `chat_template_kwargs`: what every use of it gets.
+    `chat_template`: a file to use instead of the tokenizer's own template; `chat_template_kwargs`: its arguments.
     """
     from transformers import AutoTokenizer
 
@@ -164,14 +163,14 @@ def load_tokenizer(
 
 
 def add_template_options(parser: argparse.ArgumentParser) -> None:
-    """What `load_tokenizer` takes, on the command line of a script that has no configuration."""
+    """Add options for `load_tokenizer` to the command line of a script that has no configuration."""
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja file to use instead of the model's own")
     words = "arguments of the chat template, as JSON: '{\"enable_thinking\": false}'"
     parser.add_argument("--chat-template-kwargs", metavar="JSON", type=json.loads, default={}, help=words)
 
 
 def end_of_sequence_ids(model_name: str, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, and those of the model's generation configuration.
+    """Every token that ends a response: the tokenizer's, and those of the model's generation configuration.
 
     Raises ConfigError if there is none.
     """
@@ -189,8 +188,10 @@ def end_of_sequence_ids(model_name: str, tokenizer: Any) -> list[int]:
 
 
 def contents(path: str | None) -> str | None:
-    """What identifies a file, or a model's folder, wherever it lies: the sha256 of the file, or of the sizes and of the
-    first and last MiB of its files of weights. A name on the hub stands for itself."""
+    """A fingerprint of a file, or of a model's folder, that does not depend on its path. A name on the hub is its own.
+
+    It is the sha256 of the file; of a folder that of the size and the first and last MiB of each file of weights.
+    """
     if path is None or not Path(path).exists():
         return path
     if Path(path).is_file():

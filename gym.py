@@ -1,5 +1,5 @@
-"""Episodes of several turns: those of NeMo Gym's environments (`env.gym_url`), or of a function of your own
-(`env.episode`, see examples/guess.py).
+"""Episodes of several turns, played by NeMo Gym (`env.gym_url`) or by a function of your own (`env.episode`, see
+examples/guess.py).
 
 Gym's agents talk to the policy through Gym's model server, which asks us at http://`env.gym_model_address`/v1. We send
 rows to `env.gym_url`/run; each reply says which tokens the model made, and becomes one sequence to train on:
@@ -7,7 +7,7 @@ rows to `env.gym_url`/run; each reply says which tokens the model made, and beco
     prompt ids   first answer   the environment's turn   second answer
                  ╰──────────── response_ids: mask True, False, True ─╯
 
-No text is tokenised twice: Gym hands the tokens of earlier answers back, and a prompt goes on from exactly these.
+No text is tokenised twice: Gym hands back the tokens of earlier turns, and the next prompt begins with exactly these.
 Everything here runs in one asyncio loop in a thread of the driver; the engines are Ray actors.
 """
 
@@ -30,7 +30,7 @@ from launch import RunError
 from reward_client import checked_gym
 from verifier_pool import load_verifier
 
-CALLS_IN_FLIGHT = 2  # to each engine, so that it goes on while the driver reads what the call before returned
+CALLS_IN_FLIGHT = 2  # to each engine, so that it samples while the driver reads the last call's result
 CHANGES_SAMPLING = ("stop", "response_format", "logit_bias", "min_tokens")  # of a request's fields
 MARK = "\0the model's turn\0"
 
@@ -51,9 +51,9 @@ class Episode:
 
 
 def read_episode(items: list[dict[str, Any]], verdict: dict[str, Any], stop_token_ids: list[int]) -> Episode:
-    """The sequence that `items` tell of: those that a call of the model ended with hold its prompt and its tokens.
+    """Join an episode's items to one sequence. The last item of each call of the model has the call's token ids.
 
-    Raises RuntimeError if there are none, or if a prompt does not begin with all that was there before.
+    Raises RuntimeError if no item has token ids, or if a call's prompt does not begin with all earlier tokens.
     """
     calls = [item for item in items if item.get("generation_token_ids")]
     if not calls:
@@ -82,12 +82,12 @@ def read_episode(items: list[dict[str, Any]], verdict: dict[str, Any], stop_toke
     )
 
 
-# Stands for an episode that cannot be trained on: the trainer masks and counts it.
+# Takes the place of an episode that cannot be trained on; the trainer masks and counts it.
 LOST = Episode(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, bool), False, 0.0, "lost", 0, 0)
 
 
 def plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates know it: text for a list of parts, "system" for "developer"."""
+    """A message as chat templates expect it: text instead of a list of parts, "system" instead of "developer"."""
     message = dict(message)
     if isinstance(message.get("content"), list):
         message["content"] = "".join(part["text"] for part in message["content"])
@@ -97,10 +97,10 @@ def plain(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompt_ids(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
-    """The chat as token ids. Up to the model's last turn they are those that the engine saw and made.
+    """The chat as token ids: up to the end of the model's last turn those that the engine saw and made.
 
-    Of what the template makes of the chat, only the part after the model's last turn is tokenised. Example: after
-    the ids of "<start>user 2+2?<end><start>assistant 4<end>", "<start>user sure?<end><start>assistant".
+    Only what the template writes after that turn is tokenised. Example: "<start>user sure?<end><start>assistant", after
+    the known ids of "<start>user 2+2?<end><start>assistant 4<end>".
     """
     chat = [plain(message) for message in messages]
     known = [i for i, message in enumerate(chat) if message.get("generation_token_ids")]
@@ -112,7 +112,7 @@ def prompt_ids(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[
     if text.count(MARK) != 1:
         raise ValueError("the chat template does not write out the assistant's turn once and as it is")
     added = tokenizer.encode(text.partition(MARK)[2], add_special_tokens=False)
-    return seen + added[added[:1] == seen[-1:] :]  # the token that ends the turn, unless it was cut off, is there
+    return seen + added[added[:1] == seen[-1:] :]  # `seen` has the end token already, unless the turn was cut off
 
 
 @dataclass
@@ -120,20 +120,20 @@ class Engine:
     """The driver's side of one engine, for one batch of episodes."""
 
     worker: Any
-    new: list[tuple[int, list[int], int]] = field(default_factory=list)  # requests that it has not been told of
-    waiting: dict[int, asyncio.Future] = field(default_factory=dict)  # by number of the request
+    new: list[tuple[int, list[int], int]] = field(default_factory=list)  # requests that it has not got yet
+    waiting: dict[int, asyncio.Future] = field(default_factory=dict)  # by request number: who waits for its response
     work: asyncio.Event = field(default_factory=asyncio.Event)
 
     def stop(self) -> None:
         """Drop the requests of lost episodes."""
         self.worker.abort.remote(list(self.waiting))
         for future in self.waiting.values():
-            if not future.done():  # as it is where the function that waits was cancelled
+            if not future.done():  # it is done if the episode that waits was cancelled
                 future.set_exception(ValueError("the episode is over"))
 
 
 def check_gym(url: str) -> None:
-    """Raise ConfigError if nothing there takes rows."""
+    """Raise ConfigError if no server at `url` takes rows."""
     try:
         status = requests.post(url, json={}, timeout=10).status_code
     except requests.RequestException as e:
@@ -149,11 +149,11 @@ class Episodes:
     """Plays episodes with the engines; one per run. It is the `engine` that a function of your own gets."""
 
     def __init__(self, cfg: Config, tokenizer: Any, stop_token_ids: list[int], workers: list[Any]):
-        """Load the function, or listen for Gym's model server. Raises ConfigError if that, or Gym, is not there."""
+        """Load the function, or look for Gym and listen for its model server. Raises ConfigError if that fails."""
         self.cfg, self.policy, self.tokenizer, self.stop_token_ids = cfg.env, cfg.policy, tokenizer, stop_token_ids
         self.timeout_s, self.workers = cfg.cluster.timeout_s, workers
-        self.engines: list[Engine] = []  # none between batches, when they have other things to do
-        self.homes: dict[tuple[int, ...], list[Engine]] = {}  # of conversations, which go on where they were, by tokens
+        self.engines: list[Engine] = []  # empty between batches
+        self.homes: dict[tuple[int, ...], list[Engine]] = {}  # by a chat's tokens: engines whose prefix cache has them
         self.numbers = itertools.count()
         app = web.Application(client_max_size=0)  # 0: no limit
         app.add_routes([web.post("/v1/chat/completions", self._chat_completions)])
@@ -172,7 +172,7 @@ class Episodes:
                 raise ConfigError(f"env.episode: {e}") from None
 
     def _in_loop(self, work: Coroutine) -> Any:
-        """The result of what is run in the thread; it is cancelled if a signal ends the waiting."""
+        """Run `work` in the loop's thread and return its result. A signal that ends the waiting cancels it."""
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result()
@@ -197,7 +197,7 @@ class Episodes:
     # ---- a batch of episodes
 
     def play(self, rows: list[dict[str, Any]], n: int, seed: int, progress: Callable[[], Any]) -> list[Episode]:
-        """`n` episodes of each row, ordered by row; a lost one is in its place. `progress` is called after each.
+        """`n` episodes of each row, ordered by row; a lost episode is LOST. `progress` is called after each.
 
         Raises RunError if Gym refuses a row, and whatever an engine raises.
         """
@@ -214,7 +214,7 @@ class Episodes:
         try:
             played = asyncio.gather(*tasks)
             done, _ = await asyncio.wait([played, *driving], return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()  # driving ends by what the engine raised alone
+            return done.pop().result()  # driving ends only if an engine raises
         finally:
             for task in (*tasks, *driving):
                 task.cancel()
@@ -242,7 +242,7 @@ class Episodes:
     async def _in_gym(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The items and the verdict of an episode in Gym."""
         number = next(self.numbers)
-        if "task_input" in row:  # a materialized row, which Gym's newer environment servers take
+        if "task_input" in row:  # a materialized row, for Gym's newer environment servers
             row = {"episode_id": {"rollout_id": str(number), "attempt": 0}, "task": row}
         else:  # some environments want the numbers that Gym's own collector gives to flat rows
             row = row | {"_ng_task_index": number, "_ng_rollout_index": 0}
@@ -253,7 +253,7 @@ class Episodes:
                 said = f"{self.run_url} answered {response.status}: {(await response.text())[:300]}"
                 raise RunError(said) if refused else RuntimeError(said)
             reply = await response.json(content_type=None)
-        if reply.get("failure"):  # beside a "result" that is null
+        if reply.get("failure"):  # then "result" is null
             raise RuntimeError(reply["failure"]["failure_reason"])
         reply = reply.get("result", reply)
         return reply["response"]["output"], reply
@@ -261,7 +261,7 @@ class Episodes:
     # ---- the model's turns
 
     async def _chat_completions(self, request: web.Request) -> web.Response:
-        """OpenAI's route, with the token ids and log-probabilities on the message."""
+        """OpenAI's route; the message in the reply also has token ids and log-probabilities."""
         body = await request.json()
         try:
             if refused := [name for name in CHANGES_SAMPLING if body.get(name)]:
@@ -288,9 +288,9 @@ class Episodes:
     async def reply(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, max_tokens: int | None = None
     ) -> dict[str, Any]:
-        """The model's next message: content, perhaps tool calls, and its tokens. Append it to the chat as it is.
+        """The model's next message: content, perhaps tool calls, and its tokens. Append it to the chat unchanged.
 
-        Raises ValueError if there is no room for one, and at once between batches.
+        Raises ValueError if there is no room for a message, or if no batch is being played.
         """
         if not self.engines:
             raise ValueError("the episode is over")
@@ -312,7 +312,7 @@ class Episodes:
         return {"role": "assistant", **self._read(made, tools), **tokens}
 
     async def _drive(self, engine: Engine) -> None:
-        """Hand requests to an engine and its answers to those who wait, until cancelled."""
+        """Hand requests to an engine, and its responses to whoever waits for them, until cancelled."""
         while True:
             await engine.work.wait()
             new, engine.new = engine.new, []
@@ -330,7 +330,7 @@ class Episodes:
                 engine.work.clear()
 
     def _read(self, ids: list[int], tools: list[dict[str, Any]] | None) -> dict[str, Any]:
-        """Content and tool calls of an answer."""
+        """Content and tool calls of a response."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         if not tools:
             return {"content": text}

@@ -1,7 +1,7 @@
-"""What a run needs around it: its command line, checks before anything starts, requests to stop, Ray and the placement
-of its actors, and what becomes of an error: one line and an exit code.
+"""Around a run: the command line, checks before anything starts, requests to stop, Ray and the placement of actors, and
+errors, each with one line and an exit code.
 
-As a script it checks a configuration and starts nothing: `python launch.py [--config FILE] [section.key=value ...]`.
+As a script this file checks a configuration and starts nothing: `python launch.py [--config FILE] [key=value ...]`.
 """
 
 import argparse
@@ -45,9 +45,9 @@ class Stopped(Exception):
 class StopRequests:
     """Ctrl-C, SIGTERM, SIGUSR1 (Slurm's warning) and `checkpointing.checkpoint_must_save_by`: they raise `Stopped`.
 
-    `Stopped` is raised between two steps; and at once (or when Ray has what it waits for) while a run starts and within
-    `interruptible`, where a step has changed nothing yet. A second Ctrl-C or SIGTERM ends the process at once, with
-    code 130 or 143.
+    `Stopped` is raised between two steps. While a run starts and within `interruptible`, where a step has changed
+    nothing yet, it is raised at once, or as soon as Ray's code returns. The same signal again, unless it is SIGUSR1,
+    ends the process at once, with code 130 or 143.
     """
 
     def __init__(self, must_save_by: str | None):
@@ -78,12 +78,12 @@ class StopRequests:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """What runs within may be abandoned at any point."""
+        """Within this a request to stop may end the work at any point."""
         self.may_interrupt = True
         try:
             self._raise_if_asked()
             yield
-        except SystemError as e:  # what Ray's compiled code makes of an exception in a signal handler
+        except SystemError as e:  # Ray's compiled code turns an exception in a signal handler into this
             if isinstance(e.__cause__, Stopped):
                 raise e.__cause__ from None
             raise
@@ -91,7 +91,7 @@ class StopRequests:
             self.may_interrupt = False
 
     def before_step(self, save_s: float) -> None:
-        """Raise Stopped if a signal came, or if a step as long as the longest and a save would miss the deadline."""
+        """Raise Stopped if a signal came, or if a step (as long as the longest) and a save would miss the deadline."""
         self.may_interrupt, now = False, time.monotonic()
         if self.step_began is not None:
             self.longest_step = max(self.longest_step, now - self.step_began)
@@ -102,7 +102,7 @@ class StopRequests:
 
 
 def check_before_start(cfg: Config) -> None:
-    """Problems that need a look at the disk or the environment, before anything starts."""
+    """Raise ConfigError for problems that the disk or the environment shows before anything starts."""
     files = {"train_jsonl_fpath": cfg.data.train_jsonl_fpath, "validation_jsonl_fpath": cfg.data.validation_jsonl_fpath}
     files |= {f"validation_sets.{name}.path": each.path for name, each in cfg.data.validation_sets.items()}
     for name, path in files.items():
@@ -115,7 +115,7 @@ def check_before_start(cfg: Config) -> None:
             "logger.wandb_enabled=false"
         )
     if os.environ.get("RAY_ADDRESS"):
-        return  # the machines are checked when they are known, in start_ray
+        return  # start_ray checks the machines of that cluster
     if cfg.cluster.num_nodes > 1:
         raise ConfigError(
             f"cluster.num_nodes={cfg.cluster.num_nodes} needs a Ray cluster over the nodes: start it with submit.sh, "
@@ -126,7 +126,7 @@ def check_before_start(cfg: Config) -> None:
 
 
 def lock_folder(folder: Path, key: str) -> IO[str]:
-    """Make a folder that no other run may use while the returned file is open. `key`: what names the folder.
+    """Make a folder that no other run may use while the returned file is open. `key` is the key that names it.
 
     Raises ConfigError if another run uses it, or if it cannot be written to.
     """
@@ -150,7 +150,7 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
     tensor-parallel group are neighbours. A policy rank and an engine with the same bundle share a GPU.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own choice lets anything else on the machine go first
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers let every other process go first
     here = str(Path(__file__).resolve().parent)
     env = {"env_vars": {"PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}}
     options = {"runtime_env": env, "log_to_driver": False}
@@ -167,7 +167,7 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
     except (OSError, RuntimeError, ValueError) as e:
         where = f"at RAY_ADDRESS={address}: start it there, or unset RAY_ADDRESS" if address else "on this machine"
         raise RunError(f"no Ray {where} ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
-    stop.listen()  # again, since ray.init has put in a handler that prints a native stack trace and ends the process
+    stop.listen()  # again, since ray.init has set handlers that print a native stack trace and end the process
     bundle = {"CPU": 1, "GPU": 1} if cfg.device == "cuda" else {"CPU": 1}
     ranks = cfg.bundles_per_node
     bundles = [bundle | {f"node:{address}": 0.001} for address in nodes_with(bundle, ranks, cfg) for _ in range(ranks)]
@@ -181,9 +181,9 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
 
 
 def start_only_what_is_used() -> None:
-    """Let `ray.init` leave out what costs seconds and nothing here asks for; it has no options for that.
+    """Keep `ray.init` from starting what takes seconds and is not used here, for which it has no options.
 
-    The server behind the dashboard, for which it waits, the autoscaler, what forwards logs, and a Python for each CPU.
+    These are the dashboard's server, the autoscaler, the log forwarder, and one Python process for each CPU.
     """
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     Node.start_api_server = Node.start_monitor = Node.start_log_monitor = lambda *_, **__: None
@@ -217,14 +217,14 @@ class Actors:
         gpu_env: dict[str, str],
         cpu_env: dict[str, str],
     ):
-        """An actor of class `worker` in each of `bundles`, with its `arguments`, and with `gpus` GPUs if there are any.
+        """Start an actor of class `worker` in each of `bundles`, with its `arguments` and, on GPUs, `gpus` of one.
 
-        `gpu_env`, `cpu_env`: environment variables there. On a CPU each gets its share of the cores.
+        `gpu_env`, `cpu_env`: their environment variables on either device. On a CPU each gets a share of the cores.
         """
         self.timeout_s, self.on_gpu = cfg.cluster.timeout_s, cfg.device == "cuda"
         threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
         cpu_env |= {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        # Threads that spin while they wait for others cost a step eight times its time once anything else runs here.
+        # Threads that spin while they wait make a step eight times as long as soon as anything else runs here.
         cpu_env |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
         actor = ray.remote(worker)
 
@@ -240,14 +240,14 @@ class Actors:
         self.workers = [start_worker() for start_worker in self.starters]
 
     def all(self, method: str, *args: Any) -> list[Any]:
-        """Call `method` of every actor; their results."""
+        """Call `method` of every actor and return their results."""
         return ray.get([getattr(w, method).remote(*args) for w in self.workers], timeout=self.timeout_s)
 
 
 def check_gates(cfg: GRPO, metrics: dict[str, float], exceeded: dict[str, int]) -> None:
-    """Raise RunError when a value was beyond its gate `grpo.gate_patience` steps in a row, which `exceeded` counts.
+    """Raise RunError if a value is above its gate for `grpo.gate_patience` steps in a row, which `exceeded` counts.
 
-    A step without an update says nothing about engine and trainer, so it leaves the count of that gate as it is.
+    A step without an update says nothing about engine and trainer, so it leaves that gate's count as it is.
     """
     unverified = metrics["num_unverified"] / metrics["num_samples"]
     mismatch = metrics.get("token_mult_prob_error")
@@ -270,8 +270,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "a disk or quota is full (checkpoints are intact); make room, and the same command continues"
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
-        if "creation task" in str(error):  # the text is a trace whose last line says what was wrong
-            trace = str(error).split("For further information visit")[0]  # pydantic's last line
+        if "creation task" in str(error):  # the last line of the trace says what was wrong
+            trace = str(error).split("For further information visit")[0]  # without pydantic's last line
             return f"a policy or rollout actor could not start: {trace.strip().splitlines()[-1].strip()[:300]}"
         reason = " ".join(str(error).split())[:300]
         return f"a policy or rollout actor died, the run cannot go on (checkpoints are intact): {reason}"
@@ -292,16 +292,16 @@ def read_config(description: str) -> Config:
 
 
 def run_main(function: Callable[[], Any]) -> None:
-    """Run a script's main function, and make of what it raises one `error:` line and the exit code.
+    """Run a script's main function, and turn an exception into one `error:` line and an exit code.
 
-    0: finished. 1: error. 85: stopped as `StopRequests` says, to be continued by the same command. (130 and 143, by a
-    second signal, and 2, by argparse for bad usage, come from where they are raised.)
+    0: finished. 1: error. 85: stopped as `StopRequests` says, and the same command continues. Raised elsewhere: 130 and
+    143, for a second signal, and 2, for arguments that argparse refuses.
     """
-    torch.set_num_threads(1)  # a driver's tensors are small: threads would wait for each other longer than they compute
+    torch.set_num_threads(1)  # on a driver's small tensors threads would wait longer than they compute
     try:
         function()
     except (ConfigError, RunError) as e:
-        sys.exit(f"error: {getattr(e, 'cause', e)}")  # Ray adds a traceback to what an actor raised
+        sys.exit(f"error: {getattr(e, 'cause', e)}")  # `cause`: an actor's error without Ray's traceback
     except Stopped as e:
         print(f"stopped by {e}; the same command continues from what was saved", file=sys.stderr, flush=True)
         sys.exit(STOPPED)

@@ -1,13 +1,12 @@
-"""Checkpoints: what is in one, which are kept, and how a run continues from the newest.
+"""Checkpoints: what they contain, which are kept, and how a run continues from the newest one.
 
 `checkpoint_dir/step_N/` is a Hugging Face folder (load it anywhere) with three additions: `training_state/` (float32
 master weights and optimizer state, sharded, readable by any number of ranks), `run.json` (where the run was, and its
 configuration) and `metrics.json` (of that step). It is written as `tmp_step_N` while the next step runs, and renamed
 when every rank has finished: a folder called step_N is complete, anything called tmp_ is not and is removed.
 
-No generator has to be saved for the data and the engines: which rows a step gets and the seed of each engine follow
-from `grpo.seed` and the number of batches drawn, which is in `run.json`. The ranks' own random state is in
-`training_state/`.
+Data and engines have no random state to save: a step's rows and each engine's seed follow from `grpo.seed` and the
+number of batches drawn, which is in `run.json`. The ranks' own random state is in `training_state/`.
 """
 
 import dataclasses
@@ -29,12 +28,11 @@ from launch import RunError, lock_folder
 from policy import Policy
 from rows import contents
 
-# What these name must stay the same, wherever it lies.
+# The contents of these files must stay the same when a run continues; their paths may change.
 FILES = ("data.chat_template", "data.train_jsonl_fpath", "data.validation_jsonl_fpath", "policy.model_name")
 
-# Keys (or how they begin) that may differ when a run continues: paths, limits, logging, and where and in what portions
-# the work is done. The last may change rounding, not the algorithm. With any other key changed the run would be two
-# halves of different experiments.
+# Keys, or beginnings of keys, that may differ when a run continues: paths, limits, logging, and how the work is spread,
+# which may change rounding but not the algorithm. With any other change the run would be halves of two experiments.
 MAY_CHANGE = (
     "checkpointing.",
     "cluster.",
@@ -55,21 +53,21 @@ MAY_CHANGE = (
 
 @dataclasses.dataclass
 class Position:
-    """Where a run is after a step. With weights and optimizer state it fixes all that follows: the order of rows and
-    the sampling seeds are functions of it and of `grpo.seed`."""
+    """Where a run is after a step. Rows and sampling seeds of all later steps follow from this and `grpo.seed`."""
 
     step: int = 0
     batches_drawn: int = 0  # of prompts: one a step, more with dynamic sampling
-    exceeded: dict[str, int] = dataclasses.field(default_factory=dict)  # for each gate the steps in a row beyond it
+    exceeded: dict[str, int] = dataclasses.field(default_factory=dict)  # for each gate how many steps in a row beyond
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the step
 
 
 class Checkpoints:
-    """The folder of one run. Opening it removes what is half-written and finds what to continue from."""
+    """The folder of one run."""
 
     def __init__(self, cfg: Config):
-        """Raises ConfigError if another run uses the folder, if its newest checkpoint is damaged, or if data or
-        configuration do not fit it."""
+        """Remove half-written checkpoints and find the newest complete one. Raises ConfigError if another run uses the
+        folder, if the newest checkpoint is damaged, or if data or configuration differ from those of the checkpoint.
+        """
         self.cfg, self.dir = cfg, Path(cfg.checkpointing.checkpoint_dir)
         self.position, self.wandb_id, self.newest = Position(), None, None
         self.saved_step = 0
@@ -87,7 +85,7 @@ class Checkpoints:
             self.wandb_id, self.saved_step = saved["wandb_id"], self.position.step
 
     def restore(self, policy: Policy) -> None:
-        """Load weights, optimizer and random state of the checkpoint to continue from, if there is one."""
+        """Load weights, optimizer and random state of the newest checkpoint, if there is one."""
         if self.newest:
             policy.load((self.newest / "training_state").resolve())
             print(f"continuing after step {self.position.step} from '{self.newest}'", flush=True)
@@ -113,7 +111,7 @@ class Checkpoints:
         self.saved_step = position.step
 
     def save_unsaved(self, policy: Policy, position: Position, wandb_id: str | None) -> None:
-        """Save `position` if it is not yet, and wait until everything is written."""
+        """Save `position` unless that has been done, and wait until everything is written."""
         if self.cfg.checkpointing.enabled and position.step > self.saved_step:
             self.save(policy, position, wandb_id)
         self.wait(policy)
@@ -121,7 +119,7 @@ class Checkpoints:
             print(f" • saved: '{self.last_saved()}'", flush=True)
 
     def last_saved(self) -> Path | None:
-        """The newest checkpoint; None without any."""
+        """The newest checkpoint, or None."""
         return self.dir / f"step_{self.saved_step}" if self.saved_step else None
 
     def wait(self, policy: Policy) -> None:
@@ -141,12 +139,12 @@ class Checkpoints:
 
 
 def publish(unfinished: Path, cfg: Checkpointing, chat_template: str | None) -> None:
-    """Make a folder that all ranks have written visible as step_N, then drop what is no longer kept.
+    """Rename a folder that all ranks have written to step_N, then remove checkpoints that are no longer kept.
 
-    With `chat_template` (its text) the model is used with that one instead of its own.
+    `chat_template`: the text of a template that replaces the model's own.
     """
     if not (unfinished / "run.json").exists():
-        raise FileNotFoundError(f"{unfinished} was removed while it was being written")  # by the run that came after
+        raise FileNotFoundError(f"{unfinished} was removed while it was being written")  # by a run that started since
     if chat_template:
         (unfinished / "chat_template.jinja").write_text(chat_template)
     for path in [*unfinished.rglob("*"), unfinished]:
@@ -179,8 +177,7 @@ def remove(folder: Path) -> None:
 
 
 def kept_steps(scores: dict[int, float | None], keep_top_k: int | None, higher_is_better: bool) -> set[int]:
-    """The best `keep_top_k` steps (None: all) and the latest. Of equal steps the newer is better; one without a score
-    (None, NaN) is the worst."""
+    """The best `keep_top_k` steps (None: all) and the latest. Of equal scores the newer wins; None and NaN are worst."""
 
     def rank(step: int) -> tuple[float, int]:
         score = scores[step]
@@ -200,7 +197,7 @@ def steps_in(folder: Path) -> dict[int, Path]:
 
 
 def settings(cfg: Config) -> dict[str, Any]:
-    """The configuration as {"section.key": value}, and what identifies the contents of FILES."""
+    """The configuration as {"section.key": value}, and the fingerprints of FILES."""
     found = {name: attrgetter(name)(cfg) for name in KEYS}
     return found | {f"the contents (sha256) of {name}": contents(found[name]) for name in FILES}
 
@@ -228,7 +225,7 @@ def read_checkpoint(folder: Path) -> tuple[Position, dict[str, Any]]:
 
 
 def check_compatible(now: dict[str, Any], saved: dict[str, Any], folder: Path, world_size: int) -> None:
-    """Raise ConfigError for the first of the settings that makes this another experiment than the one in `folder`."""
+    """Raise ConfigError for the first setting that makes this another experiment than the one in `folder`."""
     before = saved["settings"]
     for name in sorted(now.keys() & before.keys()):
         may_change = name in FILES or name.startswith(MAY_CHANGE)

@@ -1,12 +1,12 @@
 """Typed schema of `config.yaml`, `defaults:` inheritance, command-line overrides, and errors for what is wrong.
 
-Section and key names follow NeMo RL, so that its users feel at home; every key here is read somewhere. A key is
-declared once, with type, default, meaning and range:
+Section and key names follow NeMo RL, so that its users feel at home. Every key is read somewhere, or may have one value
+only (`top_p`, for instance). A key is declared once, with type, default, meaning and range:
 
     num_prompts_per_step: int = key(64, "prompts sampled per step", least=1)
 
-`load_config(path, overrides)` is the only entry point. OmegaConf checks names and types, `check_ranges` the ranges,
-`contradictions` what does not fit together.
+`load_config(path, overrides)` returns a checked configuration: OmegaConf checks names and types, `check_ranges` the
+ranges, and `contradictions` what does not fit together.
 """
 
 import copy
@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 STEP = "${mul:${grpo.num_prompts_per_step},${grpo.num_generations_per_prompt}}"  # the samples of a step
 
-# rollout.py itself passes these arguments to vllm.LLM: `vllm_kwargs` must not name them again.
+# rollout.py passes these arguments to vllm.LLM, so `vllm_kwargs` must not have them.
 LLM_ARGUMENTS = """model load_format skip_tokenizer_init dtype seed max_model_len max_num_seqs gpu_memory_utilization
 kv_cache_memory_bytes enforce_eager enable_chunked_prefill enable_sleep_mode logprobs_mode disable_log_stats"""
 
@@ -49,7 +49,7 @@ class ConfigError(ValueError):
 def key(default: Any, meaning: str, **bounds: float | str) -> Any:
     """A dataclass field: its default, what `--help` says, and BOUNDS of the value (in a list: of each). Null passes."""
     metadata = {"help": meaning, "bounds": bounds}
-    if isinstance(default, list | dict):  # which two configurations must not share
+    if isinstance(default, list | dict):  # each configuration gets its own copy
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -85,7 +85,7 @@ class GRPO:
     max_val_samples: int | None = key(None, "validate on the first N rows; null: all", least=1)
     num_val_generations_per_prompt: int = key(1, "responses sampled per validation row", least=1)
     val_batch_size: int | None = key(None, "prompts per validation batch; null: all at once", least=1)
-    seed: int = key(42, "seed of data order, sampling and the CPU model", least=0, most=2**31 - 1)
+    seed: int = key(42, "seed of data order and sampling", least=0, most=2**31 - 1)
 
 
 @dataclass
@@ -250,7 +250,7 @@ class Logger:
     tensorboard_enabled: bool = key(False, "write TensorBoard events")
     num_val_samples_to_print: int = key(0, "validation answers printed each time", least=0)
     profile_steps: list[int] = key([], "steps whose update is profiled on rank 0: log_dir/profile/step_N.json", least=1)
-    num_rollouts_to_save: int = key(8, "training samples written to rollouts.jsonl each step; -1: all", least=-1)
+    num_rollouts_to_save: int = key(8, "samples in rollouts.jsonl of each step and validation; -1: all", least=-1)
 
 
 @dataclass
@@ -278,7 +278,7 @@ class Config:
 
     @property
     def validation_sets(self) -> dict[str, ValidationSet]:
-        """By name; the one at `data.validation_jsonl_fpath` has an empty name."""
+        """All validation sets by name; the name of `data.validation_jsonl_fpath` is empty."""
         path, n = self.data.validation_jsonl_fpath, self.grpo.num_val_generations_per_prompt
         return ({"": ValidationSet(path, n)} if path else {}) | self.data.validation_sets
 
@@ -288,7 +288,7 @@ class Config:
 
     @property
     def bundles_per_node(self) -> int:
-        """GPUs of a node (on the CPU: ranks); each is one bundle of the placement group, counted over the nodes."""
+        """GPUs of a node (on the CPU: ranks). Each is one bundle of the placement group, numbered over all nodes."""
         return self.cluster.gpus_per_node or self.cluster.cpu_ranks_per_node
 
     @property
@@ -297,20 +297,19 @@ class Config:
 
     @property
     def policy_bundles(self) -> list[int]:
-        """The bundle of each policy rank: all of them, or the first ones of each node where engines are apart."""
+        """The bundle of each policy rank: all, or the first ones of each node if engines have their own GPUs."""
         engine_gpus = self.policy.generation.colocated.resources.gpus_per_node or 0
         return [b for b in range(self.num_bundles) if b % self.bundles_per_node < self.bundles_per_node - engine_gpus]
 
     @property
     def engine_bundles(self) -> list[int]:
-        """The bundle of each engine: those of the policy, or the rest."""
+        """The bundle of each engine: all, or those that the policy leaves."""
         colocated, policy = self.policy.generation.colocated.enabled, self.policy_bundles
         with_engines = [b for b in range(self.num_bundles) if colocated or b not in policy]
         return [b for b in with_engines for _ in range(self.policy.generation.engines_per_gpu)]
 
     @property
     def world_size(self) -> int:
-        """Policy ranks."""
         return len(self.policy_bundles)
 
 
@@ -358,7 +357,7 @@ def _schema() -> DictConfig:
 
 
 def _read_files(path: Path) -> list[tuple[str, DictConfig]]:
-    """The trees of a YAML file and of the files before it, which `defaults:` names relative to the file itself."""
+    """The trees of a YAML file and, before it, of the file that its `defaults:` names (relative to the file itself)."""
     where = f"config file '{path}'"
     with _one_line_errors(where):
         tree = OmegaConf.load(path)
@@ -381,7 +380,7 @@ def _parse_override(text: str) -> tuple[str, DictConfig]:
 
 @contextmanager
 def _one_line_errors(where: str) -> Iterator[None]:
-    """Make one-line ConfigErrors of OmegaConf's errors, which name the nearest key of the section, and of YAML's."""
+    """Turn errors of OmegaConf, which names the nearest known key, and of YAML into ConfigErrors of one line."""
     try:
         yield
     except OmegaConfBaseException as e:
@@ -409,7 +408,7 @@ def range_of(f: dataclasses.Field) -> str:
 
 
 def contradictions(cfg: Config) -> Iterator[str]:
-    """A message for each value that contradicts another one, or that nothing here could use."""
+    """A message for each value that contradicts another value, or that no code here could use."""
     loss, p, gen, env = cfg.loss_fn, cfg.policy, cfg.policy.generation, cfg.env
     shaping, own, engine_gpus = cfg.grpo.reward_shaping, gen.colocated, gen.colocated.resources.gpus_per_node
     corrects, longest = loss.use_importance_sampling_correction, p.max_total_sequence_length
@@ -433,7 +432,7 @@ def contradictions(cfg: Config) -> Iterator[str]:
         yield f"policy.generation.vllm_kwargs.{name} is set by the program; look for its own key in `--help`"
     if loss.truncated_importance_sampling_ratio is not None and not corrects:
         yield "loss_fn.truncated_importance_sampling_ratio needs loss_fn.use_importance_sampling_correction=true"
-    # NeMo RL turns on GSPO with this key. Here it belongs to the correction of the engine's probabilities.
+    # NeMo RL turns on GSPO with this key; here it belongs to the correction for the engine's probabilities.
     if loss.sequence_level_importance_ratios and not (corrects and loss.token_level_loss or loss.variant == "gspo"):
         yield (
             "loss_fn.sequence_level_importance_ratios needs use_importance_sampling_correction=true and "
@@ -441,7 +440,6 @@ def contradictions(cfg: Config) -> Iterator[str]:
         )
     if cfg.grpo.async_one_step_off and (own.enabled or not corrects):
         yield "grpo.async_one_step_off needs colocated.enabled=false and use_importance_sampling_correction=true"
-    # A limit beyond what the engine generates, or a buffer longer than the limit, would not be what anybody means.
     ordered = shaping.overlong_buffer_length <= shaping.max_response_length <= gen.max_new_tokens
     if shaping.enabled and not ordered:
         yield "grpo.reward_shaping needs overlong_buffer_length <= max_response_length <= generation.max_new_tokens"

@@ -1,4 +1,4 @@
-"""What a run says: a block per step on the console, `metrics.jsonl`, `rollouts.jsonl`, W&B and TensorBoard."""
+"""What a run reports: a block per step on the console, `metrics.jsonl`, `rollouts.jsonl`, W&B and TensorBoard."""
 
 import dataclasses
 import itertools
@@ -18,12 +18,12 @@ from tqdm import tqdm
 from config import Config, ConfigError
 from launch import lock_folder
 
-GROUPS = {"val:": "validation", "time/": "timing", "": "train"}  # by how a metric's name begins
-PERFORMANCE = (  # these are in a group of their own
+GROUPS = {"val:": "validation", "time/": "timing", "": "train"}  # a metric's group, by how its name begins
+PERFORMANCE = (  # metrics of the group "performance"
     *("efficiency", "mfu", "mbu", "gen_floor_s", "train_floor_s", "train_flops", "decode_bytes"),
     *("tokens_per_s", "tokens_per_s_per_gpu", "total_tokens", "policy_peak_gib"),
 )
-CONSOLE = (  # a step's lines; one with a metric that the step does not have is left out
+CONSOLE = (  # a step's lines; a line is left out if the step lacks one of its metrics
     "reward {reward:.3f}   zero-signal groups {frac_zero_signal_groups:.0%}   unverified {num_unverified:.0f}",
     "answers {mean_gen_tokens:.1f} tokens, {truncation_rate:.1%} cut off",
     "gen_kl_error {gen_kl_error:.1e}   token_mult_prob_error {token_mult_prob_error:.4f}   "
@@ -35,7 +35,7 @@ CONSOLE = (  # a step's lines; one with a metric that the step does not have is 
 
 
 def in_group(name: str) -> str:
-    """A metric's name in W&B and TensorBoard, which show together what has the same word before the slash."""
+    """A metric's name in W&B and TensorBoard, which show metrics together that have the same word before the slash."""
     prefix = next(prefix for prefix in GROUPS if name.startswith(prefix))
     return f"{'performance' if name in PERFORMANCE else GROUPS[prefix]}/{name.removeprefix(prefix).replace(':', '/')}"
 
@@ -44,7 +44,7 @@ class Logger:
     """Collects a step's metrics and phase timings and writes them everywhere at once."""
 
     def __init__(self, cfg: Config, resumed_step: int = 0, wandb_id: str | None = None):
-        """`resumed_step`: the run continues after it; rows of later steps, which will be run again, are dropped."""
+        """`resumed_step`: the step that the run continues after; rows of later steps are dropped."""
         self.cfg, self.dir, self.num_gpus = cfg.logger, Path(cfg.logger.log_dir), cfg.num_bundles
         self.lock_file = lock_folder(self.dir, "logger.log_dir")
         self.metrics_file = open_rows(self.dir / "metrics.jsonl", resumed_step)
@@ -53,7 +53,7 @@ class Logger:
         self.step, self.last_step = 0, 0
         self.first_step: int | None = None
         self.total_seconds: Counter[str] = Counter()  # of each phase, over all steps
-        self.accuracies: dict[str, dict[int, float]] = {}  # for each validation set those of its steps
+        self.accuracies: dict[str, dict[int, float]] = {}  # of each validation set, by step
         self._start_clock()
         self.wandb = self.tensorboard = None
         if cfg.logger.wandb_enabled:
@@ -73,7 +73,7 @@ class Logger:
     # ------------------------------------------------------------ one step
 
     def start_step(self, step: int, last_step: int) -> None:
-        """Begin a step: its banner, and before the first one the clock."""
+        """Print a step's banner; the first step starts the run's clock."""
         if self.first_step is None:
             self._start_clock()
             self.first_step, self.run_began = step, self.step_began
@@ -94,10 +94,10 @@ class Logger:
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[tqdm]:
-        """Time a phase of the step; with `total` a progress bar on a terminal. Phases may repeat, times add up.
+        """Time a phase of the step, with a progress bar if `total` is given. A phase may repeat: its times add up.
 
-        A phase inside another (generation within validation) counts for the outer one alone. One in another thread
-        goes on beside the step, and its name says so.
+        A phase inside another (generation within validation) counts for the outer one alone. A phase in another thread
+        runs beside the step, and is called background_NAME.
         """
         began, outer, self.local.in_phase = time.perf_counter(), getattr(self.local, "in_phase", False), True
         if threading.current_thread() is not threading.main_thread():
@@ -111,8 +111,8 @@ class Logger:
     def end_step(self, metrics: dict[str, float], samples: list[Any], derive: Callable[[dict], dict]) -> None:
         """Print the step's block, write its metrics and some of its samples, and start the next step's clock.
 
-        `derive` makes further metrics from those and the phases' times. A checkpoint is saved after this, so it never
-        holds a step whose rows are missing here; the time that it stops the run counts for the next step.
+        `derive` computes more metrics from these, the phases' times included. A checkpoint is saved after this, so that
+        the files have the rows of every saved step; the time that saving takes counts for the next step.
         """
         now = time.perf_counter()
         total, elapsed = now - self.step_began, now - self.run_began
@@ -139,7 +139,7 @@ class Logger:
     def validation(
         self, step: int, prefix: str, metrics: dict[str, float], samples: list[Any], decode: Callable[[Any], str]
     ) -> None:
-        """Report a validation on one set, whose metrics begin with `prefix`. `decode`: token ids to text of prompts."""
+        """Report a validation on one set, whose metrics begin with `prefix`. `decode` turns token ids into text."""
         accuracy, length = metrics[f"{prefix}accuracy"], metrics[f"{prefix}avg_length"]
         name = prefix.replace("val:", "validation ").strip(": ")
         print(f" • {name}: accuracy {accuracy:.3f} on {len(samples)} answers, {length:.1f} tokens", flush=True)
@@ -158,7 +158,7 @@ class Logger:
     # ------------------------------------------------------------ files
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics of a step to all files and services."""
+        """Write a step's metrics to all files and services."""
         self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.metrics_file.flush()
         metrics = {in_group(name): value for name, value in metrics.items()}
@@ -174,7 +174,7 @@ class Logger:
         self.rollouts_file.flush()
 
     def save_failed_step(self, samples: list[Any]) -> Path:
-        """All answers of a step that went wrong, for inspection; returns the file."""
+        """Write all samples of a failed step, for inspection; returns the file."""
         path = self.dir / f"failed_step_{self.step}.jsonl"
         path.write_text("".join(self._row(s, "train") for s in samples))
         return path
@@ -184,7 +184,7 @@ class Logger:
         return json.dumps({"step": self.step, "split": split, **values}) + "\n"
 
     def summary(self, checkpoint: Path | None, data: str) -> None:
-        """What became of a run that is finished, and the commands that go on from there."""
+        """Print how a finished run went, and the commands that may follow."""
         if self.first_step is None:
             return
         total = time.perf_counter() - self.run_began
@@ -196,11 +196,10 @@ class Logger:
         print(f" • python plot_run.py {self.dir} --output {self.dir / 'run.png'}")
         if checkpoint:
             print(f" • python evaluate.py --model {checkpoint} --data {data}")
-            # `vllm serve` does the same, but fails in the CPU build, which has another package name than it looks for.
+            # Not `vllm serve`, which fails in the CPU build since that package has another name.
             print(f" • python -m vllm.entrypoints.openai.api_server --model {checkpoint}", flush=True)
 
     def close(self) -> None:
-        """Close everything; the last rows are written."""
         for file in (self.metrics_file, self.rollouts_file, self.lock_file):
             file.close()
         if self.wandb:
@@ -210,7 +209,7 @@ class Logger:
 
 
 def best_and_worst(samples: list[Any], count: int) -> list[Any]:
-    """`count` samples (below 0: all): the best and the worst of as many prompts as possible, then those between."""
+    """`count` samples (below 0: all): the best and worst of as many prompts as possible, then those in between."""
     if count < 0:
         return samples
     by_reward = sorted(samples, key=lambda s: (s.prompt, s.reward))
@@ -222,10 +221,10 @@ def best_and_worst(samples: list[Any], count: int) -> list[Any]:
 
 
 def open_rows(path: Path, last_step: int) -> IO[str]:
-    """Open a file of rows with a "step" for appending, without those after `last_step` and without a torn last line.
+    """Open a file of rows for appending, without rows of steps after `last_step` and without a torn last line.
 
-    With 0 a new run begins: what an earlier one left is moved to NAME.1, NAME.2, ... Raises ConfigError for a line in
-    the middle that is no row.
+    If `last_step` is 0, a new run begins and an old file is moved to NAME.1, NAME.2, ... Raises ConfigError for a
+    complete line that is no row.
     """
     if path.exists() and not last_step:
         free = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.{n}").exists())

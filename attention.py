@@ -1,8 +1,8 @@
-"""Attention of a packed micro-batch in which the answers to a prompt share it: three Triton kernels for a GPU.
+"""Attention of a packed micro-batch in which the responses to a prompt share it: three Triton kernels for a GPU.
 
-A sequence is a prompt or a response. Both attend to themselves, causally; a response also attends to all of its prompt.
-One pass over both parts of the softmax (Dao, FlashAttention-2, arXiv:2307.08691, with a second range of keys), so
-nothing is put together afterwards. Sums run in a fixed order: the same inputs give the same bits.
+A sequence here is a prompt or a response. Both attend to themselves, causally; a response also attends to its whole
+prompt. One pass computes both parts of the softmax (FlashAttention-2, arXiv:2307.08691, with a second range of keys),
+so no partial results have to be joined. Sums have a fixed order: the same inputs give the same bits.
 
 Names: N packed tokens, H heads, KV key-value heads, D head dimension; rows are queries, columns keys. `cu_seqlens`
 [sequences + 1], `prompt_of` [sequences] and `cu_answers` [prompts + 1] are those of `model.MicroBatch`.
@@ -15,11 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-SPLITS = 8  # programs that share the answers to a prompt, where they give gradients to its keys and values
+SPLITS = 8  # programs among which the responses to a prompt are split, for the gradients of its keys and values
 BLOCK = 64  # queries, and keys, at a time
 STAGES = {"forward": 3, "query": 2, "key": 1}  # of loads in flight; measured on H100, benchmarks/NOTES.md
 LOG2_E = tl.constexpr(1.4426950408889634)
-COUNTS = ["tokens", "sequences", "prompt_tokens"]  # Triton would compile anew where one becomes a multiple of 16
+COUNTS = ["tokens", "sequences", "prompt_tokens"]  # Triton would compile again when one becomes a multiple of 16
 
 
 @triton.jit
@@ -39,8 +39,7 @@ def store_rows(base, values, rows, end, stride, HEAD_DIM: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def prompt_range(cu_seqlens, prompt_of, sequence):
-    """First token of the prompt that a sequence attends to besides itself, and the one after its last; equal without
-    one."""
+    """First token and end of the prompt that a sequence attends to besides itself; equal if there is no prompt."""
     prompt = tl.load(prompt_of + sequence)
     start = tl.load(cu_seqlens + tl.maximum(prompt, 0))
     return start, tl.where(prompt < 0, start, tl.load(cu_seqlens + tl.maximum(prompt, 0) + 1))
@@ -155,10 +154,11 @@ def key_kernel(
     sequences, tokens, prompt_tokens, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK keys and values of a sequence and key-value head from queries of the sequence itself, or
-    (program ids from `sequences` on) of a prompt's from a share of the answers to it.
+    """Gradients of BLOCK keys and values of a sequence and key-value head, from the queries of the sequence itself or
+    (program ids from `sequences` on), if it is a prompt, from the queries of a share of the responses to it.
 
-    Those of responses are whole then. A prompt's go to `parts` [2, SPLITS + 1, prompt_tokens, KV, D], to be summed.
+    A response's gradients are then complete. A prompt's are parts of sums, in `parts` [2, SPLITS + 1, prompt_tokens,
+    KV, D].
     """
     tile, kv_head, job = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     shared = job >= sequences
@@ -189,7 +189,7 @@ def key_kernel(
                 s = tl.load(sums + head * tokens + rows, mask=rows < row_end, other=0.0)
                 d = tl.load(delta + head * tokens + rows, mask=rows < row_end, other=0.0)
                 scores = tl.dot(k, tl.trans(q)) * (scale * LOG2_E)  # [keys, rows]
-                # Answers come after all of their prompt, so this is right for them too.
+                # Responses come after their whole prompt, so the causal mask hides nothing of it from them.
                 scores = tl.where(columns[:, None] <= rows[None, :], scores, float("-inf"))
                 probability = tl.exp2(scores - s[None, :])
                 found_value = tl.dot(probability.to(g.dtype), g, found_value)
@@ -211,7 +211,7 @@ def key_kernel(
 def options(kernel: str, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> dict[str, Any]:
     """Arguments of a kernel that follow from shapes and device."""
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    roomy = gpu is not None and gpu.shared_memory_per_block_optin > 160 << 10  # as on A100 and later
+    roomy = gpu is not None and gpu.shared_memory_per_block_optin > 160 << 10  # for example A100 and H100
     return {
         "HEADS": heads,
         "KV_HEADS": kv_heads,

@@ -177,7 +177,7 @@ def remove(folder: Path) -> None:
 
 
 def kept_steps(scores: dict[int, float | None], keep_top_k: int | None, higher_is_better: bool) -> set[int]:
-    """The best `keep_top_k` steps (None: all) and the latest. Of equal scores the newer wins; None and NaN are worst."""
+    """The best `keep_top_k` steps (None: all) and the latest. Of equal scores the newer wins; None, NaN are worst."""
 
     def rank(step: int) -> tuple[float, int]:
         score = scores[step]

@@ -1,11 +1,11 @@
 """Score a checkpoint: `python evaluate.py --model DIR_OR_NAME --data rows.jsonl [--k 16]`
 
-Samples `k` answers to every row with vLLM and the reward server, exactly as training does, on all GPUs of this machine
-or on the CPU, and prints avg@k, pass@k and maj@k with 95 % bootstrap intervals over the rows. The output folder gets
+It samples `k` answers to every row with the engines and the reward server of training, on all GPUs of this machine or
+on the CPU, and prints avg@k, pass@k and maj@k with 95 % bootstrap intervals over the rows. The output folder gets
 samples.jsonl (every answer), settings.json and metrics.json.
 
-Answers are written as rows finish, and the same command continues with the rows that are missing. Each row has its own
-seed, so that its answers do not depend on the others (exactly on the CPU; on a GPU rounding depends on the batch).
+Answers are written as rows finish, and the same command continues with the missing rows. Each row has its own seed, so
+that its answers do not depend on other rows (exactly on the CPU; on a GPU rounding depends on the batch).
 """
 
 import argparse
@@ -32,8 +32,8 @@ from reward_client import VERIFIED, RewardClient
 from rollout import RolloutEngines
 from rows import Rows, add_template_options, contents, end_of_sequence_ids, load_tokenizer
 
-AGAIN = ("unreachable", "lost")  # answers with these verdicts are sampled again by the same command
-ROWS_AT_A_TIME = 64  # of episodes: those of rows that are not finished are lost with the process
+AGAIN = ("unreachable", "lost")  # the same command samples rows again that have answers with these verdicts
+ROWS_AT_A_TIME = 64  # rows whose episodes are played together; if the process dies meanwhile, they are played again
 HOW = ("engines", "gym_model_address", "kv_cache_gib", "limit", "output", "reward_url")  # options that change no answer
 
 # ---------------------------------------------------------------- the numbers
@@ -50,7 +50,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def majority_is_right(answers: list[str | None], rewards: list[float]) -> float:
-    """maj@k: reward of the most frequent extracted answer (ties: the one seen first); no answer does not vote."""
+    """maj@k: reward of the most frequent extracted answer (of equals the first); None does not vote."""
     votes = Counter(a for a in answers if a is not None)
     return rewards[answers.index(votes.most_common(1)[0][0])] if votes else 0.0
 
@@ -65,8 +65,8 @@ def interval(values: list[float], seed: int = 0) -> tuple[float, float, float]:
 def summarize(rows: list[list[dict]], k: int) -> dict[str, float]:
     """avg@k, pass@j and maj@k of scored answers [row][answer], with `_low` and `_high` ends of their intervals.
 
-    Unverified answers are left out and counted. Where they are, pass@j of the row is pass@ of the answers it has.
-    Raises RunError if no answer was verified.
+    Unverified answers are left out and counted; a row with fewer than j verified answers counts with pass@ of as many
+    as it has. Raises RunError if no answer was verified.
     """
     answers = [a for row in rows for a in row]
     verified = [[a for a in row if a["status"] in VERIFIED] for row in rows]
@@ -105,7 +105,7 @@ def report(metrics: dict[str, float]) -> None:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Make the output folder, or raise ConfigError if it has answers that another model, data or options made."""
+    """Make the output folder, or raise ConfigError if it has answers from another model, other data or options."""
     files = {name: contents(vars(args)[name]) for name in ("model", "data", "chat_template")}
     settings = {name: value for name, value in vars(args).items() if name not in HOW} | files
     path, samples, text = args.output / "settings.json", args.output / "samples.jsonl", json.dumps(settings, indent=1)
@@ -116,7 +116,7 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def finished_rows(path: Path, k: int) -> dict[int, list[dict]]:
-    """The answers to each row that has all `k`, in order. A row that a death cut off is left out."""
+    """The answers to each row that has all `k`, in order. Rows that a killed process left incomplete are left out."""
     rows: dict[int, list[dict]] = defaultdict(list)
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
         if line.endswith("\n"):
@@ -126,7 +126,7 @@ def finished_rows(path: Path, k: int) -> dict[int, list[dict]]:
 
 
 def write_rows(path: Path, rows: dict[int, list[dict]]) -> None:
-    """Replace the file at once, so that a death loses nothing."""
+    """Replace the file at once, so that a killed process loses nothing."""
     rewritten = path.with_name(f"{path.name}.tmp")
     rewritten.write_text("".join(map(row_lines, rows.values())))
     rewritten.rename(path)
@@ -143,7 +143,7 @@ def row_lines(answers: list[dict]) -> str:
 def configure(args: argparse.Namespace, tokens: int) -> Config:
     """The engines' configuration: one per GPU, in the precision and within the length that the model was saved with.
 
-    `tokens`: how many the tokenizer knows. Raises ConfigError if the model knows fewer.
+    `tokens`: how many tokens the tokenizer knows. Raises ConfigError if the model knows fewer.
     """
     gpus, model = torch.cuda.device_count(), AutoConfig.from_pretrained(args.model)
     if tokens > getattr(model, "vocab_size", tokens):
@@ -205,7 +205,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
 def sample(
     args: argparse.Namespace, cfg: Config, engines: RolloutEngines, tokenizer: Any, data: Rows, rows: list[int]
 ) -> Iterator[list[dict]]:
-    """`k` scored answers to each of `rows`, row by row as they come."""
+    """`k` scored answers to each of `rows`, row by row."""
     seeds = [args.seed * 2**31 + row * args.k for row in rows]  # each row's own; vLLM adds the answer's number
     stop_ids, pending = end_of_sequence_ids(args.model, tokenizer), deque()
     rewards = RewardClient(cfg.env, args.output)
@@ -229,7 +229,7 @@ def with_verdicts(answers: list[dict], verdicts: Future) -> list[dict]:
 def play(
     args: argparse.Namespace, cfg: Config, engines: RolloutEngines, tokenizer: Any, data: Rows, rows: list[int]
 ) -> Iterator[list[dict]]:
-    """The same with episodes of several turns, one by one; some rows are played at a time."""
+    """The same with episodes of several turns, one answer at a time, after ROWS_AT_A_TIME rows have been played."""
     episodes = Episodes(cfg, tokenizer, end_of_sequence_ids(args.model, tokenizer), engines.workers)
     try:
         for start in range(0, len(rows), ROWS_AT_A_TIME):

@@ -1,9 +1,9 @@
-"""What the hardware allows: the FLOPs and bytes of a step, the least time they can take, and memory before it is used.
+"""What the hardware allows: FLOPs and bytes of a step, the least time that they can take, and an estimate of memory.
 
-A floor is a lower bound that somebody could reach: a group's prompt is computed and read once for all its answers,
+A floor is a lower bound that somebody could reach: a group's prompt is computed and read once for all its responses,
 arithmetic and memory traffic overlap fully, and weights, keys and values are bfloat16. Nothing here is timed;
-`Limits.utilization` divides floors by what the logger timed. It is for dense decoder models, the only ones that are
-trained here.
+`Limits.utilization` divides floors by what the logger timed. The formulas are for dense decoder models, the only ones
+that are trained here.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from config import Config
 from launch import OUT_OF_MEMORY_ADVICE
 
 GIB = 2**30
-# Dense bfloat16 FLOP/s and memory bytes/s of the vendor's data sheets, by a part of the device's name.
+# Dense bfloat16 FLOP/s and memory bytes/s from the vendor's data sheets, by a part of the device's name.
 PEAKS = {
     "H200": (989e12, 4.8e12),
     "H100 NVL": (835e12, 3.9e12),
@@ -30,7 +30,7 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that costs depend on."""
+    """The sizes of a model, on which its costs depend."""
 
     layers: int
     hidden: int
@@ -73,10 +73,11 @@ def forward_flops(
 ) -> float:
     """FLOPs of computing sequences of these lengths once, in one pass or token by token, with so many rows of logits.
 
-    Sequences equal in `prompt_S` share their prompt: it goes through the layers once. So do all tokens of a response
-    but the last, which nothing follows. Each token costs 2 FLOPs a layer weight, each row of logits 2 a head weight.
-    Attention costs 4 FLOPs a layer and unit of its width (2 for the score, 2 for the value) for each pair of a token
-    and one that it sees: n (n + 1) / 2 pairs among n tokens, and n p pairs of n response tokens with p prompt tokens.
+    Sequences equal in `prompt_S` share their prompt, which goes through the layers once. So does each token of a
+    response except the last, after which nothing is predicted. A token costs 2 FLOPs for each layer weight, a row of
+    logits 2 for each head weight. Attention costs 4 FLOPs (2 for the score, 2 for the value) for each layer, unit of
+    width, and pair of a token and one that it sees: n (n + 1) / 2 pairs among n tokens, and n p pairs of n response
+    tokens with p prompt tokens.
     """
     _, first = np.unique(prompt_S, return_index=True)
     prompts_P, fed_S = prompts_S[first], np.maximum(responses_S - 1, 0)
@@ -87,11 +88,11 @@ def forward_flops(
 
 
 def decode_bytes(shape: Shape, prompt_S: np.ndarray, prompts_S: np.ndarray, responses_S: np.ndarray) -> float:
-    """Bytes that decoding on one GPU must move, at 2 bytes a number. They are least when all answers decode at once.
+    """Bytes that decoding on one GPU must move, at 2 bytes a number, if all responses are decoded at once.
 
-    An answer of r tokens needs r - 1 passes, since the prefill makes its first token. All weights are read once for
-    each pass of the longest answer; a prompt's keys and values once for each pass of the longest answer of its group
-    (cascade attention does that for the whole group); and the t-th pass of an answer reads or writes t own ones.
+    A response of r tokens needs r - 1 passes, since the prefill makes its first token. Weights are read once for each
+    pass of the longest response; a prompt's keys and values once for each pass of its group's longest response, as
+    cascade attention does; and in its t-th pass a response reads or writes the keys and values of t of its own tokens.
     """
     _, first, group_S = np.unique(prompt_S, return_index=True, return_inverse=True)
     passes_S, passes_P = np.maximum(responses_S - 1, 0), np.zeros(len(first), dtype=np.int64)
@@ -102,10 +103,10 @@ def decode_bytes(shape: Shape, prompt_S: np.ndarray, prompts_S: np.ndarray, resp
 
 
 class Limits:
-    """The floors of a run's steps and how near they come, for one kind of device."""
+    """The floors of a run's steps, and how near the steps come to them, for one kind of device."""
 
     def __init__(self, cfg: Config, shape: Shape, device_name: str):
-        """Where peaks are not known (the CPU) every method gives nothing."""
+        """If the device's peaks are not known (the CPU), every method returns nothing."""
         known = [peaks for name, peaks in PEAKS.items() if name in device_name]
         self.shape, self.peaks = shape, known[0] if known else None
         self.engines_per_gpu = cfg.policy.generation.engines_per_gpu
@@ -113,10 +114,10 @@ class Limits:
         self.gpus = self.policy_gpus + (0 if cfg.policy.generation.colocated.enabled else self.engine_gpus)
 
     def generation(self, prompt_S: list[int], prompts_S: list[int], responses_S: list[int]) -> dict[str, float]:
-        """Least seconds (mean over the GPUs of engines) and bytes of sampling these answers.
+        """Least seconds (mean over the GPUs of engines) and bytes of sampling these responses.
 
-        `prompt_S` says which prompt each belongs to (they are dealt to the engines in turn), the other two are lengths
-        in tokens. A GPU needs the longer of FLOPs / peak and bytes / bandwidth: at best the two overlap.
+        `prompt_S` says which prompt each response belongs to (prompts are dealt to the engines in turn); the other two
+        are lengths in tokens. A GPU takes FLOPs / peak or bytes / bandwidth, whichever is longer: at best they overlap.
         """
         if not self.peaks:
             return {}
@@ -125,7 +126,7 @@ class Limits:
         seconds, moved = 0.0, 0.0
         for gpu in range(self.engine_gpus):
             mine = answers[:, gpu_S == gpu]
-            # one row of logits a prompt, for the first token of all its answers, and one for each later token
+            # one row of logits for each prompt, from which all its responses begin, and one for each later token
             logits = len(np.unique(mine[0])) + np.maximum(mine[2] - 1, 0).sum()
             flops, gpu_bytes = forward_flops(self.shape, *mine, logits), decode_bytes(self.shape, *mine)
             seconds += max(flops / self.peaks[0], gpu_bytes / self.peaks[1])
@@ -135,8 +136,8 @@ class Limits:
     def training(self, prompt_S: list[int], prompts_S: list[int], responses_S: list[int]) -> dict[str, float]:
         """Least seconds and FLOPs of an update on these sequences; arguments as of `generation`.
 
-        The backward pass makes two products for each one of the forward pass: 3 times that in all. Recomputation is a
-        choice and does not count.
+        The backward pass computes two products for each product of the forward pass, so an update costs three forward
+        passes. Recomputation is a choice and does not count.
         """
         if not self.peaks:
             return {}
@@ -147,9 +148,9 @@ class Limits:
     def utilization(self, metrics: dict[str, float]) -> dict[str, float]:
         """`efficiency`, `mfu` and `mbu` of a step, from its floors and times.
 
-        `efficiency` is the GPU-seconds of the floors over all GPU-seconds of the step without validation and
-        checkpoints; `mfu` the FLOPs of the update over its time at peak; `mbu` the bytes of decoding over the time of
-        generation at full bandwidth (of a step that sampled: with `grpo.async_one_step_off` the last one does not).
+        `efficiency`: the GPU-seconds of the floors over all GPU-seconds of the step without validation and checkpoints.
+        `mfu`: the FLOPs of the update over what its time allows at peak. `mbu`: the bytes of decoding over what the
+        time of generation allows (not for a step that did not sample, as the last one of `grpo.async_one_step_off`).
         """
         if not self.peaks or "gen_floor_s" not in metrics:
             return {}
@@ -178,14 +179,14 @@ def resident_bytes(cfg: Config, shape: Shape) -> dict[str, float]:
 
 
 def not_for_kv_cache(cfg: Config, shape: Shape) -> int:
-    """Bytes of an engine's share of a GPU (`gpu_memory_utilization`) that are taken when its KV cache is measured out:
-    its weights, and beside a policy what that keeps there."""
+    """Bytes of an engine's share of a GPU (`gpu_memory_utilization`) that its KV cache cannot have: its weights take
+    them, and a policy on the same GPU."""
     beside = sum(resident_bytes(cfg, shape).values()) if cfg.policy.generation.colocated.enabled else 0
     return int(beside) + shape.total_weights * (4 if cfg.policy.precision == "float32" else 2)
 
 
 def memory_estimate(cfg: Config, shape: Shape, device_bytes: int, head_chunk: int) -> dict[str, float]:
-    """GiB on the fullest GPU by what is there, before anything is allocated. Activations are a rule of thumb."""
+    """GiB of each kind of memory on the fullest GPU, from the configuration alone; activations by a rule of thumb."""
     p, d, gen = cfg.policy, cfg.policy.dtensor_cfg, cfg.policy.generation
     tp, wide = d.tensor_parallel_size, 4 if p.precision == "float32" else 2
     outside, resident = shape.outside_layers, resident_bytes(cfg, shape)
@@ -210,7 +211,7 @@ def memory_estimate(cfg: Config, shape: Shape, device_bytes: int, head_chunk: in
 
 
 def memory_table(cfg: Config, shape: Shape, device_bytes: int, head_chunk: int) -> list[str]:
-    """What `memory_estimate` says, and whether it fits, in lines; none without a GPU."""
+    """A table of `memory_estimate`, and a warning if it may not fit, in lines; none without a GPU."""
     if not device_bytes:
         return []
     estimate, colocated = memory_estimate(cfg, shape, device_bytes, head_chunk), cfg.policy.generation.colocated

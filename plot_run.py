@@ -1,7 +1,7 @@
 """Draw runs: `python plot_run.py RUN [RUN ...] --output FILE.png`
 
-RUN is a run's log folder or its metrics.jsonl, or NAME=PATH to name it in the legend. Faint lines are the steps, full
-ones the mean of the last ten. Validation comes with its 95 % interval (normal approximation, answers independent).
+RUN is a run's log folder or its metrics.jsonl, or NAME=PATH to name it in the legend. Faint lines are single steps,
+full lines means of the last ten. Validation has its 95 % interval (normal approximation, answers independent).
 """
 
 import argparse
@@ -31,7 +31,7 @@ PANELS = [  # metric, what it is drawn over, title with unit, scale of the axis
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics. Ends with one line if there is no step."""
+    """The rows of a run's metrics. The program ends with one line if there is no step."""
     path = path / "metrics.jsonl" if path.is_dir() else path
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -48,7 +48,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def curve(axis: plt.Axes, rows: list[dict], metric: str, along: str, name: str) -> None:
-    """One metric of one run, raw and smoothed, validation with its interval; steps that lack it are left out."""
+    """Draw one metric of one run, raw and smoothed, or validation with its interval, over the steps that have it."""
     rows = [row for row in rows if row.get(metric) is not None and along in row]
     at, values = [row[along] for row in rows], np.array([row[metric] for row in rows])
     if metric == "val:accuracy":
@@ -61,7 +61,7 @@ def curve(axis: plt.Axes, rows: list[dict], metric: str, along: str, name: str) 
 
 
 def seconds_by_phase(axis: plt.Axes, runs: dict[str, list[dict]]) -> None:
-    """Median seconds of each phase of a step, one bar a run."""
+    """Draw a bar for each run: the median seconds of each phase of a step."""
     bottom = np.zeros(len(runs))
     steps = [[row for row in rows if "time/step_s" in row] for rows in runs.values()]
     names = {name for rows in steps for row in rows for name in row if name.startswith("time/")}
@@ -75,7 +75,7 @@ def seconds_by_phase(axis: plt.Axes, runs: dict[str, list[dict]]) -> None:
 
 
 def draw(runs: dict[str, list[dict]], output: Path) -> None:
-    """All panels into one PNG."""
+    """Draw all panels into one PNG."""
     figure, axes = plt.subplots(3, 3, figsize=(15, 11))
     *lines, phases = axes.flat
     for axis, (metric, along, title, scale) in zip(lines, PANELS, strict=True):

@@ -8,8 +8,8 @@ r"""HTTP math verifier for RL, usable from any trainer: right, fast, and impossi
     verify(r"... so \boxed{\frac{6}{4}}", "3/2").reward    # 1.0, in process, with the same hard deadline
 
 docs/verifier.md has the policy, the routes and who waits for whom. Exact comparisons take microseconds and run on the
-event loop; algebra and custom verifiers run in processes that are killed at a deadline (verifier_pool.py). Bodies are
-hostile too: msgspec decodes them by type, building nothing that is not asked for.
+event loop; algebra and custom verifiers run in processes that are killed at a deadline (verifier_pool.py). Bodies may
+be hostile, too: msgspec decodes them by type and builds nothing else.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ CACHE_SIZE = 50_000
 
 
 def exact_verdict(text: str, expected_answer: str, lenient: bool = False) -> Verdict | tuple[str, bytes]:
-    """The verdict if it takes no algebra, else what a worker has to be asked. Microseconds, safe on an event loop."""
+    """The verdict if it takes no algebra, else what to ask a worker. It takes microseconds, fit for an event loop."""
     gold, answer, status, reason = expected_answer.strip(), None, "no_answer", None
     if not gold:
         return Verdict(0.0, "unparsable_gold", reason="expected_answer is empty")
@@ -71,7 +71,7 @@ def exact_verdict(text: str, expected_answer: str, lenient: bool = False) -> Ver
         status = "unknown"
     except math_verifier.UnparsableGold:
         status, reason = "unparsable_gold", "expected_answer cannot be read"
-    except Exception as error:  # a bug, or a caller deep in its own stack: not verified, which is not "wrong"
+    except Exception as error:  # a bug, or a caller near the recursion limit: not verified, which is not "wrong"
         status, reason = "timeout", f"{type(error).__name__}: {error}"[:300]
     if status == "unknown" or (lenient and status != "correct"):
         row = {"expected_answer": gold, "lenient": lenient}
@@ -87,7 +87,7 @@ def verify(response_text: str, expected_answer: str, *, lenient: bool = False) -
 
 @functools.cache
 def default_pool() -> WorkerPool:
-    """The workers of `verify`. They end with this process."""
+    """The workers of `verify`, which end with this process."""
     return WorkerPool("math", min(4, os.cpu_count() or 1))
 
 
@@ -113,12 +113,12 @@ Rollout = struct("Rollout", [("reward", float), ("mask_sample", bool, False)])
 Rollouts = struct("Rollouts", [("verify_responses", list[Rollout])])
 
 T = TypeVar("T")
-# Python's json writes lone surrogates, which JSON does not have. Escapes are taken one by one: "\\\\ud800" has none.
+# Python's json writes lone surrogates, which are no JSON. The pattern reads every escape, since "\\\\ud800" has none.
 ESCAPE = re.compile(r"\\(?:(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL)
 
 
 def decode(data: bytes, kind: type[T], *where: str | int) -> T:
-    """JSON as a `kind`. Raises HTTPException 422, in FastAPI's format, if it is none."""
+    """Decode JSON as a `kind`. Raises HTTPException 422, in FastAPI's format, if that is not possible."""
     try:
         try:
             return msgspec.json.decode(data, type=kind)
@@ -147,7 +147,7 @@ SECONDS = Histogram("reward_server_request_seconds", "Time to a reply.", registr
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled if the client leaves before it is done."""
     job = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(request.receive())  # after a body, the client's leaving is all that can be received
+    gone = asyncio.ensure_future(request.receive())  # after the body it returns only when the client leaves
     try:
         await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not job.done():
@@ -170,7 +170,7 @@ class RewardServer:
     judge: Judge | None = None
 
     def __post_init__(self) -> None:
-        self.threads = ThreadPoolExecutor(self.pool.size)  # each waits for a worker; the queue before them is the queue
+        self.threads = ThreadPoolExecutor(self.pool.size)  # one for each worker; tasks queue for a thread
         self.cache: dict[bytes, tuple[Verdict, float]] = {}  # verdict, and until when it holds
         self.locks: weakref.WeakValueDictionary[bytes, asyncio.Lock] = weakref.WeakValueDictionary()
         self.places, self.bytes_arriving = asyncio.Semaphore(self.max_queue), 0
@@ -193,7 +193,7 @@ class RewardServer:
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
     def authorise(self, request: Request) -> None:
-        """Raises HTTPException 401 if there is a token and the request does not have it."""
+        """Raise HTTPException 401 if the server has a token and the request does not."""
         given = request.headers.get("authorization", "").encode()
         if self.token and not hmac.compare_digest(given, b"Bearer " + self.token.encode()):
             raise HTTPException(401, "missing or wrong bearer token", {"WWW-Authenticate": "Bearer"})
@@ -221,14 +221,14 @@ class RewardServer:
             self.bytes_arriving -= len(body)
         return bytes(body)
 
-    # Verdicts: `at_once` decides what needs nobody else, `finish` goes on from what it left.
+    # Verdicts: `at_once` decides what needs neither worker nor judge, `finish` does the rest.
 
     def at_once(self, text: str, row: Any, raw: bytes) -> Verdict | tuple[str, bytes]:
-        """The math verifier's exact verdict, else what a worker has to be asked."""
+        """The math verifier's exact verdict, else what to ask a worker."""
         return exact_verdict(text, row.expected_answer, self.lenient) if self.verifier == "math" else (text, raw)
 
     def is_open(self, found: Verdict | tuple[str, bytes]) -> bool:
-        """Whether a worker has to be asked, or the judge, who needs an answer that the rules did not find right."""
+        """Whether a worker or the judge has to be asked. The judge gets only answers that the rules did not accept."""
         if not isinstance(found, Verdict):
             return True
         return bool(self.judge and found.extracted_answer and found.status in ("wrong", "unparsable_gold"))
@@ -243,7 +243,7 @@ class RewardServer:
         return Verdict(float(status == "correct"), status, verdict.extracted_answer, reason, said)
 
     async def ask_worker(self, text: str, row: bytes) -> Verdict:
-        """A worker's verdict; of the math verifier, the one on the same comparison that is known or on its way."""
+        """A worker's verdict. The math verifier makes each comparison once, and others wait for its verdict."""
         if self.verifier != "math":
             return await self.in_worker(text, row)
         key = hashlib.sha256(text.encode() + row).digest()
@@ -253,19 +253,19 @@ class RewardServer:
                 CACHE_HITS.inc()
                 return verdict
             verdict = await self.in_worker(text, row)
-            # A time-out may be a busy machine's fault: remember it only to spare the workers the rest of a group.
+            # A time-out may be due to a busy machine, so it is kept just long enough for the rest of the group.
             self.cache[key] = verdict, time.monotonic() + (30 if verdict.status == "timeout" else 1e9)
             if len(self.cache) > CACHE_SIZE:
                 del self.cache[next(iter(self.cache))]
             return verdict
 
     async def in_worker(self, text: str, row: bytes) -> Verdict:
-        """A worker's verdict. If this is cancelled, a task that waits is dropped; one that runs comes to its end."""
+        """A worker's verdict. Cancelling this drops a task that waits; a task that runs goes on to its end."""
         with IN_FLIGHT.track_inprogress():
             return await asyncio.get_running_loop().run_in_executor(self.threads, self.pool.run, text, row)
 
     async def verify_batch(self, request: Request) -> Response:
-        """Many at once: one result per item, in order. Raises HTTPException 429 if many batches wait."""
+        """Verify many items: one result for each, in order. Raises HTTPException 429 if too many batches wait."""
         items = decode(await self.read(request), Batch).items
         if len(items) > MAX_BATCH:
             raise HTTPException(413, f"a batch may hold {MAX_BATCH} items, this one holds {len(items)}: send several")
@@ -300,7 +300,7 @@ class RewardServer:
         return Response(msgspec.json.encode({"results": fields}), media_type="application/json")
 
     async def verify(self, request: Request) -> Response:
-        """NeMo Gym's /verify: the request less `question`, plus the verdict. It waits; Gym would not ask again."""
+        """NeMo Gym's /verify: the request without `question`, plus the verdict. Gym asks only once, so this waits."""
         body = await self.read(request)
         row = decode(body, GymMathRow if self.verifier == "math" else GymRow)
         messages = [item.content for item in row.response.output if item.type == "message"]
@@ -326,7 +326,7 @@ class RewardServer:
         return Response(msgspec.json.encode(reply), media_type="application/json")
 
     async def session(self, request: Request) -> Response:
-        """NeMo Gym's /seed_session and /close_session: verification has no state; the session is named again."""
+        """NeMo Gym's /seed_session and /close_session. Verification has no state, so this only repeats the id."""
         session = decode(await self.read(request), Session)
         response = Response(msgspec.json.encode(session), media_type="application/json")
         response.set_cookie("session", "stateless", httponly=True)
@@ -347,7 +347,7 @@ class RewardServer:
 
 
 class HttpConnection(HttpToolsProtocol):
-    """uvicorn's, with limits that it lacks: on the size of a request's head, and on the time in which it arrives."""
+    """uvicorn's connection, with limits on the size of a request's head and on the time in which it arrives."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)

@@ -1,9 +1,9 @@
 """Supervised fine-tuning on worked solutions: `python sft.py [--config config.yaml] [section.key=value ...]`
 
-Rows, policy, checkpoints and configuration are train_grpo.py's: the policy knows nothing about GRPO, and another loss
-function is all that it is given here. A step trains on the `solution` of `grpo.num_prompts_per_step` rows, which
-prepare_data.py keeps for GSM8K, MATH and arithmetic. Each checkpoint is a Hugging Face folder, a starting point for
-train_grpo.py. Keys of sampling and rewards do nothing. The same command continues, as there.
+Rows, policy, checkpoints and configuration are those of train_grpo.py; only the loss function that the policy gets is
+another one. A step trains on the `solution` of `grpo.num_prompts_per_step` rows, which prepare_data.py keeps for GSM8K,
+MATH and arithmetic. Each checkpoint is a Hugging Face folder, a starting point for train_grpo.py. Keys of sampling and
+rewards do nothing. The same command continues from the newest checkpoint.
 """
 
 import math
@@ -32,7 +32,7 @@ def negative_log_likelihood(
 
 
 def solution_ids(rows: Rows, tokenizer: object, longest: int) -> list[np.ndarray]:
-    """Token ids of each row's solution and the end token. Raises ConfigError for a row without, or with no room."""
+    """Token ids of each row's solution and the end token. Raises ConfigError if a solution is missing or too long."""
     found = []
     for number, (row, prompt) in enumerate(zip(rows.rows, rows.prompt_ids, strict=True), 1):
         text = row.get("solution")
@@ -95,7 +95,7 @@ def train(cfg: Config) -> None:
         checkpoints.save_unsaved(policy, finished, log.wandb_id)
         raise
     except Exception:
-        with suppress(Exception):  # what is being written may still be fine
+        with suppress(Exception):  # a checkpoint that is being written may still get complete
             checkpoints.wait(policy)
         raise
     finally:

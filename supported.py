@@ -1,8 +1,8 @@
 """Which models can be trained: decided from a model's configuration, before anything starts and without its weights.
 
 The model is built on the meta device, where tensors have shapes but no numbers, and runs once to show what it asks of
-its attention. What only numbers show, `fault_of_packing` finds with random ones in the first layers.
-docs/models.md lists the types of transformers that pass both. `check_refit` compares with the engines, once they run.
+its attention. Then `fault_of_packing` runs its first layers with random numbers. docs/models.md lists the types of
+transformers that pass both. `check_refit` compares policy and engines once these run.
 """
 
 from fnmatch import fnmatch
@@ -19,9 +19,9 @@ from model import MicroBatch, Sequences, packed_hidden, switch_off_dropout
 
 SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # in configurations; not computed here
 ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")  # arguments of attention functions; not computed here
-TP_STYLES = ("colwise", "rowwise", "replicated_with_grad_allreduce")  # what model.py does of a tensor-parallel plan
-ROUNDING = 1e-3  # float32 log-probabilities of the same tokens, computed in two ways, are closer than that
-VOCABULARY = 64  # of the model that `fault_of_packing` runs
+TP_STYLES = ("colwise", "rowwise", "replicated_with_grad_allreduce")  # of a tensor-parallel plan: known to model.py
+ROUNDING = 1e-3  # float32 log-probabilities of a token that are computed in two ways differ by less than this
+VOCABULARY = 64  # tokens of the model that `fault_of_packing` runs
 # Mean difference of the log-probabilities of engine and policy that rounding may account for, by precision.
 AGREEMENT = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.1}
 
@@ -43,7 +43,7 @@ def check_model(cfg: PolicyCfg, vocabulary: int = 0) -> None:
             or fault_of_packing(first_layers(lm))
         )
         if not why:
-            Shape.of(name)  # a start needs it, too
+            Shape.of(name)  # the run needs this later
     except Exception as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         why = f"it cannot be built, measured, or run on packed sequences ({reason})"
@@ -52,10 +52,10 @@ def check_model(cfg: PolicyCfg, vocabulary: int = 0) -> None:
 
 
 def check_refit(cfg: PolicyCfg, policy: Any, engines: Any, vocabulary: int) -> None:
-    """Raise ConfigError if the engines, right after a refit, do not compute what the policy does.
+    """Raise ConfigError if the engines, right after a refit, do not compute what the policy computes.
 
-    Each samples answers of one token (any token ends them) to some random prompts; the policy computes the same tokens'
-    log-probabilities. Both differ by rounding where the engines have all the weights, and by far more otherwise.
+    Each engine samples responses of one token to some random prompts, and the policy computes log-probabilities of the
+    same tokens. If the engines have all weights, the two differ by rounding; otherwise they differ by far more.
     """
     rng, size = np.random.default_rng(0), min(24, cfg.max_total_sequence_length // 2)
     prompts = [rng.integers(vocabulary, size=size).tolist() for _ in range(8 * len(engines.workers))]
@@ -74,7 +74,7 @@ def check_refit(cfg: PolicyCfg, policy: Any, engines: Any, vocabulary: int) -> N
 
 
 def fault_of_parts(lm: nn.Module, vocabulary: int) -> str:
-    """What there is no place for in model.py, or an empty string."""
+    """Which part of the model model.py cannot handle, or an empty string."""
     head = getattr(lm, "lm_head", None)
     if not hasattr(lm.base_model, "layers") or not isinstance(head, nn.Linear):
         return "it is not made of decoder layers and a linear head, as text models are"
@@ -91,7 +91,7 @@ def fault_of_parts(lm: nn.Module, vocabulary: int) -> str:
 
 
 def fault_of_attention(lm: nn.Module, longest: int) -> str:
-    """What attention or another layer does that `model.packed_attention` does not, or an empty string."""
+    """What the model's layers need that `model.packed_attention` does not do, or an empty string."""
     tokens = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     mask_NN = torch.ones(4, 4, dtype=torch.bool, device="meta")
     with torch.no_grad():
@@ -117,10 +117,10 @@ def fault_of_attention(lm: nn.Module, longest: int) -> str:
 
 
 def fault_of_split(lm: nn.Module, tp: int) -> str:
-    """What `model.parallelize` would not split rightly over `tp` ranks, or an empty string.
+    """What `model.parallelize` would not split correctly over `tp` ranks, or an empty string.
 
-    A weight per hidden unit, of a norm, sees whole hidden states on every rank. Any other that the plan does not name
-    would be computed by all ranks alike, or see a part of the heads or units only and get that part's gradient.
+    A norm's weight, one per hidden unit, sees whole hidden states on every rank. Any other weight that the plan does
+    not name would be computed on every rank, or see one rank's heads or units only and get the gradient of those.
     """
     start, plan = f"with policy.dtensor_cfg.tensor_parallel_size={tp} ", lm.config.base_model_tp_plan or {}
     heads = {module.asked["key"][1] for module in lm.modules() if hasattr(module, "asked")}
@@ -136,10 +136,10 @@ def fault_of_split(lm: nn.Module, tp: int) -> str:
 
 
 def first_layers(lm: nn.Module) -> nn.Module:
-    """The first two layers of a model that has no numbers yet, with random ones and a small vocabulary, in float32.
+    """The first two layers of a model without numbers, with random numbers and a small vocabulary, in float32.
 
-    How layers treat packed sequences depends on their code, not on their numbers, and so a model of any size is
-    tested before anything starts, in little memory.
+    How layers treat packed sequences depends on their code, not on their numbers, so two layers show it in little
+    memory before anything starts.
     """
     lm.base_model.layers = lm.base_model.layers[:2]
     lm.set_input_embeddings(nn.Embedding(VOCABULARY, lm.get_input_embeddings().embedding_dim))
@@ -159,10 +159,10 @@ def first_layers(lm: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fault_of_packing(lm: nn.Module) -> str:
-    """How far packed sequences miss the log-probabilities that each of them has alone, or an empty string.
+    """How far log-probabilities of packed sequences are from those of each sequence alone, or an empty string.
 
-    A layer that carries state from token to token would mix the sequences of a pack, for instance. Alone means Hugging
-    Face's own forward pass with its own attention and head, so that other differences are found too.
+    For instance, a layer that carries state from token to token would mix packed sequences. A sequence alone goes
+    through Hugging Face's own forward pass, attention and head, so that other differences are found, too.
     """
     rng, head = np.random.default_rng(0), lm.lm_head.weight
     drawn = [rng.integers(len(head), size=n) for n in (7, 6, 3, 4, 5)]
@@ -188,7 +188,7 @@ def fault_of_packing(lm: nn.Module) -> str:
 def probe(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **given: Any
 ) -> tuple[torch.Tensor, None]:
-    """Stands in for `model.packed_attention`, and leaves in the module what it was called with."""
+    """A stand-in for `model.packed_attention` that leaves in the module what it was called with."""
     module.asked = {"query": query.shape, "key": key.shape, "value": value.shape, **given}
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
 

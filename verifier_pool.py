@@ -1,4 +1,4 @@
-r"""Processes that compute one verdict at a time and can be killed: whatever a model writes, nobody waits for ever.
+r"""Processes that compute one verdict at a time and are killed at a deadline, whatever a model writes.
 
     pool = WorkerPool("math", size=4, deadline=1.0)
     pool.run("x+x", b'{"expected_answer": "2x"}').status      # "correct"
@@ -6,11 +6,11 @@ r"""Processes that compute one verdict at a time and can be killed: whatever a m
     this process --socket--> nursery: imports sympy and the verifier once, then forks a worker for each request
          \--socket per worker--> worker: reads [text, row], calls verifier(text, row), replies; all in lines of JSON
 
-- A worker that misses the deadline is killed with SIGKILL; the fork that takes its place costs milliseconds.
+- A worker that misses the deadline is killed with SIGKILL; to fork another costs milliseconds.
 - A worker has a memory limit, writes no file, opens no socket, starts no program, and does not see the environment.
-- The nursery ends with this process, however that ends (or when its imports are done), and takes busy workers along.
-  If it dies or stops, another is started. `multiprocessing`'s forkserver does none of this, imports the caller's
-  script, and is one for all its users.
+- The nursery and all workers end with this process, however it ends (or as soon as the nursery's imports are done). If
+  the nursery dies or stops, another is started. `multiprocessing`'s forkserver does none of this, imports the caller's
+  script, and serves all its users with one process.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Verdict:
     status: str  # one of STATUSES
     extracted_answer: str | None = None
     reason: str | None = None  # why it is not verified, for people
-    evaluations: list[dict[str, Any]] | None = None  # what the LLM judge was asked and said, where it was asked
+    evaluations: list[dict[str, Any]] | None = None  # what the LLM judge was asked and said; None: it was not asked
 
     @property
     def verified(self) -> bool:
@@ -60,7 +60,7 @@ class Verdict:
 
 
 def algebra(text: str, row: dict[str, Any]) -> Verdict:
-    """The verifier "math" as its workers run it, on what needs algebra: an answer, or of a lenient row a response."""
+    """The verifier "math" in a worker. `text` is an answer that needs algebra, or with a lenient row a response."""
     gold, lenient = row["expected_answer"], row.get("lenient", False)
     answer, status = math_verifier.extract_answer(text, lenient=True) if lenient else text, "no_answer"
     try:
@@ -110,7 +110,7 @@ class WorkerPool:
         """The verdict on `text` and the JSON object `row`, or "timeout". Thread-safe; waits for an idle worker."""
         worker = self._idle.get()
         try:
-            if worker is None or wait([worker.connection], 0):  # an idle worker that says something is a dead one
+            if worker is None or wait([worker.connection], 0):  # an idle worker whose socket has something is dead
                 worker = self._fork()
             worker.connection.settimeout(self.deadline)
             worker.connection.sendall(b"[%s, %s]\n" % (json.dumps(text).encode(), row.replace(b"\n", b" ")))
@@ -139,14 +139,14 @@ class WorkerPool:
                         socket.send_fds(self._control, [b"f"], [theirs.fileno()])
                     lines = ours.makefile("rb")
                     return Worker(ours, lines, int(lines.readline()))
-                self._start_nursery()  # the one before is dead, or as good as dead
+                self._start_nursery()  # the old one is dead or hangs
         raise RuntimeError("no worker can be started: `import math_verify` fails, or memory is short")
 
     def _start_nursery(self) -> None:
         if self._nursery:
-            os.killpg(self._nursery.pid, signal.SIGKILL)  # its process group is itself and its workers
+            os.killpg(self._nursery.pid, signal.SIGKILL)  # the group of the nursery and its workers
             self._nursery.wait(FORK_SECONDS)
-        # No secret of the server is in its environment. gmpy2 would do arithmetic in C calls that allocate past limits.
+        # The environment has no secret of the server. gmpy2 would compute in C calls that allocate past limits.
         keep = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "VIRTUAL_ENV", "HOME")
         environment = {key: os.environ[key] for key in keep if key in os.environ}
         environment |= {"SYMPY_GROUND_TYPES": "python", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
@@ -185,7 +185,7 @@ def nursery(name: str, deadline: str) -> None:
 
 
 def work(connection: socket.socket, verifier: Callable[..., Any], deadline: float) -> None:
-    """A worker's life: say who it is, then answer each line with a verdict."""
+    """What a worker does: send its process id, then answer each line with a verdict."""
     stream = connection.makefile("rwb")
     confine()
     limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + (MAX_GROWTH_MB << 10)
@@ -195,13 +195,13 @@ def work(connection: socket.socket, verifier: Callable[..., Any], deadline: floa
         stream.write(reply + b"\n")
         stream.flush()
         line = stream.readline()
-        # The kernel ends this process, even inside a C call, should nobody else be left to do it.
+        # If nobody else is left to kill this process, the kernel does, even inside a C call.
         signal.setitimer(signal.ITIMER_REAL, 2 * deadline + 1)
         reply = answer_line(verifier, line)
 
 
 def answer_line(verifier: Callable[..., Any], line: bytes) -> bytes:
-    """The fields of a Verdict as JSON: what the verifier returned, or "timeout" if it failed, which is not "wrong"."""
+    """The fields of a Verdict as JSON: what the verifier returned, or status "timeout" if it failed: not "wrong"."""
     try:
         result = verifier(*json.loads(line))
         reward = float(getattr(result, "reward", result))
@@ -216,7 +216,7 @@ def answer_line(verifier: Callable[..., Any], line: bytes) -> bytes:
 
 
 def confine() -> None:
-    """Take from this process what a verifier does not need, for good."""
+    """Take from this process, for good, what a verifier does not need."""
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):

@@ -303,7 +303,7 @@ class Config:
 
     @property
     def engine_bundles(self) -> list[int]:
-        """The bundle of each engine: all, or those that the policy leaves."""
+        """The bundle of each engine: all, or those without a policy rank."""
         colocated, policy = self.policy.generation.colocated.enabled, self.policy_bundles
         with_engines = [b for b in range(self.num_bundles) if colocated or b not in policy]
         return [b for b in with_engines for _ in range(self.policy.generation.engines_per_gpu)]

@@ -36,7 +36,7 @@ class Judge:
     """Asks an OpenAI-compatible server whether two answers are equivalent, in both orders."""
 
     def __init__(self, url: str, model: str | None, deadline: float, api_key: str | None):
-        """`deadline` is in seconds, for both questions. Without `model`, the first that the server lists is asked."""
+        """`deadline`: seconds for both questions. Without `model` the first model that the server lists is asked."""
         from openai import AsyncOpenAI
 
         base_url = url.rstrip("/").removesuffix("/v1") + "/v1"
@@ -49,7 +49,7 @@ class Judge:
         try:
             async with self.slots, asyncio.timeout(self.deadline):
                 return await self._both_orders(question, gold, judge_safe(answer), evaluations), evaluations
-        except Exception as error:  # late, unreachable, or a reply that is none: not verified, which is not "wrong"
+        except Exception as error:  # too late, unreachable, or no usable reply: not verified, which is not "wrong"
             evaluations.append({"error": f"{type(error).__name__}: {error}"[:300]})
             return "judge_failed", evaluations
 

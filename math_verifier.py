@@ -1,14 +1,14 @@
 r"""Decide whether a model's answer equals the reference answer. Pure functions: no process, no network, no torch.
 
-`extract_answer` finds the answer in a response. `compare` decides exactly what numbers, text, lists and sets can decide
-(microseconds), and raises NeedsAlgebra for the rest. `compare(..., algebra=True)` decides that too: math-verify's
-parser reads the LaTeX, sympy decides. It must run in a process that can be killed: model output is hostile.
+`extract_answer` finds the answer in a response. `compare` decides exactly, in microseconds, what takes only numbers,
+text, lists and sets, and raises NeedsAlgebra for the rest. `compare(..., algebra=True)` also decides the rest, with
+math-verify's parser and sympy. It must run in a process that can be killed: model output is hostile.
 
 An answer passes through four steps: extract -> normalise (one spelling) -> read (a number, a group such as a list or a
 tuple, a set of reals, an equation, text, or else an expression) -> compare by what was read.
 
-What equals what is the policy in docs/verifier.md, each line of which has tests in tests/test_verifier.py. Where the
-policy is in doubt an answer does not pay: reinforcement learning finds every wrong answer that does.
+docs/verifier.md says what equals what, and tests/test_verifier.py tests each line of it. In doubt an answer does not
+pay: reinforcement learning finds every wrong answer that pays.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 TAIL_CHARS = 65_536
 MAX_BOX_CHARS = 2_000
 MAX_TRIES = 16
-MAX_STRUCTURE_CHARS = 1_000  # longer answers can only be numbers, or written as the gold is
+MAX_STRUCTURE_CHARS = 1_000  # a longer answer is right only if it is a number, or written like the gold
 MAX_LIST_ITEMS = 40
 MAX_NESTING = 24  # of brackets
 
@@ -42,7 +42,7 @@ _BRACKET = re.compile(r"\\.|.", re.S)
 
 
 def _walk(text: str) -> Iterator[tuple[int, str, int]]:
-    """Every token (a character, or a backslash with the next one), where it is and how deep in brackets behind it."""
+    """Position, text and depth of brackets after it of every token: a character, or a backslash and the next one."""
     depth = 0
     for match in _BRACKET.finditer(text):
         depth += (match[0] in ("(", "[", "{", "\\{", "⟦")) - (match[0] in (")", "]", "}", "\\}", "⟧"))
@@ -66,7 +66,7 @@ _SENTENCE_END = re.compile(
     r"(?<=[^.\s])(?:[.?]|(?<!\d)!)(?=\s|$)(?!\s*\d)|\s{1,4}I hope it is correct|<\|[a-z_]{1,20}\|>|</s>|</answer>"
     r"| (?:since|because) |, [a-z]{4,20}\.?$"
 )
-# "The largest n is 34", but nothing with a negation, a second verb or a comma, which may say more.
+# "The largest n is 34", but nothing with a negation, a second verb or a comma: those may say more than a value.
 _SUBJECT = re.compile(
     r"^(?:(?! is | are |\b(?:not?|nor|never|except|hardly)\b|[,;=]).){1,200} "
     r"(?:is|are|equals):? +(?=[-+\d$\\(])(?!.* (?:is|are) )"
@@ -86,7 +86,7 @@ _NOTE = re.compile(r"(?<=[^\sa-zA-Z]) ?(?:\\approx|≈).*", re.S)
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the brace or parenthesis at `start` is closed by one of its kind; -1 if not within MAX_BOX_CHARS."""
+    """Where the brace or parenthesis at `start` is closed; -1 if that is not within MAX_BOX_CHARS."""
     depth, pair = 0, "{}" if text[start] == "{" else "()"
     for match in _BRACKET.finditer(text, start, start + MAX_BOX_CHARS + 2):
         depth += (match[0] == pair[0]) - (match[0] == pair[1])
@@ -96,7 +96,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _backwards(text: str, *needles: str) -> Iterator[int]:
-    """Where the needles are, the last one first. Sixteen tries keep the cost low, however many the text has."""
+    """Positions of the needles, the last one first, at most MAX_TRIES of them to keep the cost low."""
     stop = len(text)
     for _ in range(MAX_TRIES):
         stop = max(text.rfind(needle, 0, stop) for needle in needles)
@@ -106,7 +106,7 @@ def _backwards(text: str, *needles: str) -> Iterator[int]:
 
 
 def _last_boxes(text: str) -> tuple[int, str] | None:
-    """The last box that closes and the boxes joined to it: where the last one opens, and their contents as one list."""
+    """Where the last closed box opens, and its contents, in one list with those of the boxes that are joined to it."""
     contents: list[str] = []
     last = following = 0
     for place in _backwards(text, "\\boxed", "\\fbox"):
@@ -124,7 +124,7 @@ def _last_boxes(text: str) -> tuple[int, str] | None:
 
 
 def _tidy_line(line: str) -> str:
-    """The answer in a line of prose: without emphasis, "the answer is" and what follows the sentence."""
+    """The answer in a line of prose, without emphasis, "the answer is" and what follows the sentence."""
     line = _SENTENCE_END.split(line[:MAX_BOX_CHARS].strip().strip("*_ "), maxsplit=1)[0]
     line = _SUBJECT.sub("", line).strip(" *:=")
     return "" if line in ("$$", "\\[") else _unwrap(line)
@@ -149,7 +149,7 @@ def _last_side(formula: str) -> str:
 
 
 def _fall_back(text: str) -> str | None:
-    """What the last "answer is" says; else the last formula or, where no formula follows it, the last number."""
+    """What the last "answer is" says; else the last formula, or the last number if that comes later."""
     if _BROKEN_FORMULA.search(text):
         return None
     whole, *said = _SAID.split(text[-MAX_BOX_CHARS:])
@@ -165,7 +165,7 @@ def _fall_back(text: str) -> str | None:
 
 
 def after_reasoning(text: str) -> str:
-    """What follows the last `</think>`, at most 64 KB of it; nothing of a thought that was cut off."""
+    """What follows the last `</think>`, its last 64 KB; a thought that was cut off does not count."""
     opened, closed = text.rfind("<think>"), text.rfind("</think>")
     text = text[:opened] if opened > closed else text[max(closed, 0) :].removeprefix("</think>")
     return text[-TAIL_CHARS:]
@@ -187,13 +187,13 @@ def extract_answer(text: str, *, lenient: bool = False) -> str | None:
 
 
 def _table(rows: str) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """Rewriting rules, one a line: a pattern, at least two spaces, its replacement, where ~ stands for a space."""
+    """Rewriting rules, one on each line: a pattern, at least two spaces, a replacement in which ~ is a space."""
     pairs = [re.split(" {2,}", row.strip()) for row in rows.strip().splitlines()]
     return tuple((re.compile(pair[0], re.S), (pair[1:] or [""])[0].replace("~", " ")) for pair in pairs)
 
 
 def _dictionary(rows: str) -> dict[str, str]:
-    """`leq le ≤|geq ge ≥` as {"leq": "≤", "le": "≤", ...}; ~ stands for a space."""
+    """`leq le ≤|geq ge ≥` as {"leq": "≤", "le": "≤", ...}; ~ is a space."""
     words = [row.split() for row in rows.split("|")]
     return {name: value.replace("~", " ") for *names, value in words for name in names}
 
@@ -270,12 +270,12 @@ _ROWS = re.compile(
     re.S,
 )
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline ?\{(\d+)\}")
-# Spaces that mean nothing; 1 2 is not 12, nor 1 1/2 11/2.
+# Spaces that mean nothing. Others do: 1 2 is not 12, and 1 1/2 is not 11/2.
 _LOOSE_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
 
 
 def _fix_rows(match: re.Match[str]) -> str:
-    """A system of equations as a list, a matrix as ⟦(a, b), (c, d)⟧, each cell times what stands in front."""
+    """A system of equations as a list, a matrix as ⟦(a, b), (c, d)⟧, with the factor before it in each cell."""
     factor, bracket, kind, body, transposed = (match[1].strip(), *match.groups()[1:])
     body = re.sub(r"& ?([=<>≤≥])|(=) ?&", r"\1\2", body)
     rows = [row.split("&") for row in re.split(r"[\s,]*\\\\[\s,]*", body.strip(" ,").removesuffix("\\\\"))]
@@ -319,7 +319,7 @@ def _to_ascii(text: str) -> str:
 
 @lru_cache(maxsize=4_096)
 def normalise(text: str) -> str:
-    """Rewrite an answer to one canonical spelling; says nothing about its value."""
+    """Rewrite an answer to one canonical spelling, whatever its value."""
     text = _unwrap(text if text.isascii() else _to_ascii(text))
     if text.isdigit():
         return text
@@ -356,7 +356,7 @@ _UNITS = {
     for word in row.split()
     for plural in ("", "s" * (len(word) > 1))
 }
-# Words that make a number another number, or take it back.
+# Words after a number that change its value or take it back.
 _COUNT = (
     r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty"
     r"|sixty|seventy|eighty|ninety|hundred|thousand|million|billion|trillion|dozen|score|half|halve|third|quarter"
@@ -377,7 +377,7 @@ _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 
 
 def _unit(words: str) -> str:
-    """The canonical name of a unit (m/s^2 for "meters per second squared"), or "" if the words are none."""
+    """The canonical name of a unit (m/s^2 for "meters per second squared"), or "" if the words are no unit."""
     names = []
     for part in re.split(r" ?/ ?| per ", words.lower().strip(" .")):
         part = re.sub(r"^(?:sq|square)\.? (.+)$|^(.+) squared$", r"\1\2^2", part)
@@ -392,7 +392,7 @@ def _unit(words: str) -> str:
 
 @lru_cache(maxsize=4_096)
 def split_unit(text: str) -> tuple[str, str]:
-    """Split the unit off a normalised answer: ("5", "cm^2") for 5\\text{ cm}^2; "" if there is none."""
+    """Split the unit off a normalised answer: ("5", "cm^2") for 5\\text{ cm}^2, ("5", "") for 5."""
     match = _UNIT.search(text)
     if match and match.start() > 0:
         words = match[1] or match[2]
@@ -459,7 +459,7 @@ _REAL_SET = re.compile(r"[<>≤≥≠∪∖]|\\in(?![a-zA-Z])|\\\{ ?[a-z] ?[:|]|
 
 
 def _split(text: str, separators: str) -> tuple[list[str], str]:
-    """The parts between the separators that are outside every bracket, and these separators."""
+    """Split a text at the separators outside every bracket: the parts, and the separators found."""
     found = any(separator in text for separator in separators)
     places = [i for i, token, depth in _walk(text) if depth <= 0 and token in separators] if found else []
     ends = zip([-1, *places], [*places, len(text)], strict=True)
@@ -480,7 +480,7 @@ def _bracketed(text: str) -> tuple[str, str]:
 
 
 def parse_group(text: str) -> tuple[str, list[str]] | None:
-    """Several values and their brackets, "list" for those without, ":" for a ratio; None for a single value."""
+    """The brackets ("list" if there are none, ":" for a ratio) and the values of a group; None for a single value."""
     kind, content = _bracketed(text)
     if _LOGIC.search(text) and not all("=" in part for part in _OR.split(text)):
         return None
@@ -500,7 +500,7 @@ def parse_group(text: str) -> tuple[str, list[str]] | None:
 
 
 def _signs(text: str) -> list[str]:
-    """Write out `±`, each with both signs."""
+    """Write out each `±` with both signs."""
     if not 0 < text.count("±") < 5:
         return [text]
     return [written for sign in "+-" for written in _signs(text.replace("±", sign, 1))]
@@ -512,7 +512,7 @@ def _named(items: Sequence[str]) -> dict[str, str]:
     return values if len(values) == len(items) and all(map(_is_name, values)) else {}
 
 
-# The left side of "name = value": what was asked for. Its arguments and subscripts do not matter.
+# Arguments and subscripts in the name of "name = value", which do not matter.
 _ARGUMENTS = re.compile(
     r"\\(?:sum|prod) ?_ ?\{[^{}]*\} ?\^ ?(?:\{[^{}]*\}|\w)|_ ?(?:\{[^{}]*\}|\w)|\^ ?(?:\{ ?-1 ?\}|-1)(?= ?\()"
     r"|\^ ?\{?\*\}?|(?<=[a-zA-Z_'}]) ?\([^()=+*/-]{0,40}\)|\\text\{[^{}]*\}|'"
@@ -531,7 +531,7 @@ def _is_name(text: str, simple: bool = False) -> bool:
 
 
 def _assigned(sides: list[str], simple: bool) -> tuple[str, list[str]]:
-    """The name and the values of `name = value = value`, written either way round; the name is "" if there is none."""
+    """The name ("" if there is none) and the values of `name = value = value`, also if the name comes last."""
     if len(sides) > 1 and _is_name(sides[-1], simple) and not _is_name(sides[0], simple):
         sides = sides[::-1]
     return (sides[0], sides[1:]) if len(sides) > 1 and _is_name(sides[0], simple) else ("", sides)
@@ -575,7 +575,7 @@ def _same_items(gold: Sequence[str], answer: Sequence[str], ordered: bool, algeb
 
 
 def compare(gold: str, answer: str, algebra: bool = False) -> bool:
-    """Compare two answers by the policy. Raises UnparsableGold, and NeedsAlgebra where that is not allowed."""
+    """Whether gold and answer are equal. Raises UnparsableGold; without `algebra`, NeedsAlgebra if that is needed."""
     if "\\boxed" in gold:  # golds are used as they are; only a whole solution with a box is reduced to the box
         gold = extract_answer(gold) or gold
     gold, answer = normalise(gold), normalise(answer)
@@ -601,7 +601,7 @@ def compare(gold: str, answer: str, algebra: bool = False) -> bool:
 
 
 def _too_complex(text: str) -> bool:
-    """Whether what is no number is too large to be taken apart, or made to exhaust sympy. Linear in the text."""
+    """Whether a text is too large to be taken apart, or could exhaust sympy. Takes linear time."""
     return (
         len(text) > MAX_STRUCTURE_CHARS
         or max(depth for *_, depth in _walk(text)) > MAX_NESTING
@@ -638,7 +638,7 @@ def _rounds(exact: str, note: str, algebra: bool) -> bool:
 
 
 def _compare_text(gold: str, answer: str, algebra: bool) -> bool | None:
-    """Decide choice letters and words; None if the gold is none of these."""
+    """Decide choice letters and words; None if the gold is neither."""
     gold_choice, choice = _CHOICE.fullmatch(_bare(gold)), _CHOICE.fullmatch(_bare(answer))
     if gold_choice and choice and not gold_choice[2]:
         return gold_choice[1].upper() == choice[1].upper() and not _SECOND_CHOICE.search(choice[2] or "")
@@ -702,7 +702,7 @@ def _compare_chains(gold: str, answer: str, algebra: bool) -> bool:
 # -- Algebra: only in a process that can be killed --------------------------------------------------------------------
 
 
-# Compared once before workers are forked: the parser is slow until it has met a piece of grammar.
+# Pairs that are compared before workers are forked: the parser is slow when it meets a piece of grammar first.
 WARM_UP = [
     (r"\frac{\sqrt{5} - 1}{2} + e^{i\pi/3}", r"\left(1-x^{11}\right) \cdot \sqrt[3]{2}"),
     (r"\frac{qb}{2\pi\epsilon_0}\left((x-a)^2 + b^2\right)^{-3/2}", r"\frac{h(a_1+b)}{2} - |x|^n + n!"),
@@ -752,7 +752,7 @@ _GREEK = (
 )
 _KNOWN = re.compile(rf"{_ELEMENTARY}|{_GREEK}|frac|sqrt|binom|pi|infty|cdot|times|div|lfloor|rfloor|lceil|rceil")
 _LETTER = rf"(?:(?<![a-zA-Z\\])[a-zA-Z]|\\(?:{_GREEK})(?![a-zA-Z]))"
-# What is compared as written: numbers in a base, derivatives, f'(0), vectors, names of angles and segments, words.
+# Parts that are compared as written: numbers in a base, derivatives, f'(0), vectors, angles and segments, words.
 _ATOM = re.compile(
     r"(?<![\w.])\(?\d\w*?\)?_ ?(?:\{ ?\w+ ?\}|\w+)|"
     r"\\frac ?\{ ?(?:\\partial|d)(?![a-zA-Z]{2})[^{}]*\} ?\{ ?(?:\\partial|d) ?[a-z][^{}]*\}"
@@ -786,9 +786,9 @@ _MISREAD = re.compile(
 def _functions(algebra: bool, gold: str, answer: str) -> set[str]:
     """The letters that stand for functions: f in f(x) + f(y), but not h in h(a + b) - ah.
 
-    They stand only before brackets in both texts. The answer alone cannot make a factor of a function that the gold
-    calls f or applies twice, as in T(n - 1) + T(n - 2). This is the one gate to algebra: without leave, NeedsAlgebra is
-    raised before sympy is imported, which takes seconds.
+    In both texts they stand only before brackets. A letter that is f in the gold, or that the gold applies twice, as in
+    T(n - 1) + T(n - 2), is a function whatever the answer does. All algebra passes through here: without `algebra` this
+    raises NeedsAlgebra before sympy is imported, which takes seconds.
     """
     if not algebra:
         raise NeedsAlgebra
@@ -800,14 +800,14 @@ def _functions(algebra: bool, gold: str, answer: str) -> set[str]:
 
 
 def _symbol(name: str) -> str:
-    """The symbol for what is compared as written, the same one wherever it is written alike."""
+    """The symbol for a part that is compared as written: the same for the same text."""
     name = re.sub(r"[{}() ]", "", name)
     name = name.upper() if name[0].isdigit() else name  # 2a_{16} is 2A_16
     return f"Q_{{{int.from_bytes(name.encode())}}}"
 
 
 def _read(text: str, functions: set[str]) -> Any:
-    """A sympy expression, read by math-verify's parser once what that would misread is spelled out."""
+    """A sympy expression. What math-verify's parser would misread is spelled out before it reads the text."""
     if _TRIG.search(text):
         text = re.sub(r"(\d+(?:\.\d+)?|[a-z]|\))°", r"(\1\\cdot\\frac{\\pi}{180})", text)
     text = _ATOM.sub(lambda match: _symbol(match[0]), text.replace("°", ""))
@@ -889,7 +889,7 @@ def _read_both(gold: str, answer: str, algebra: bool) -> tuple[Any, Any]:
 
 
 def _vanishes(expr: Any, point: dict[Any, Any]) -> bool | None:
-    """Whether an expression is 0 at a point, to 50 digits; None where it has no value. Powers may need many digits."""
+    """Whether an expression is 0 at a point, to 50 digits; None if it has no value there. Powers need many digits."""
     for digits in (60, 2_000, 10_000):
         value = expr.evalf(20, subs=point, maxn=digits)
         parts = value.as_real_imag() if value.is_number else (value,)
@@ -929,7 +929,7 @@ def _same_value(gold: str, answer: str, algebra: bool) -> bool:
 
 
 def _compare_sets(gold: str, answer: str, algebra: bool) -> bool | None:
-    """Whether two texts name the same set of reals; None if not both do so, or may be intervals, or can be read."""
+    """Whether two texts name the same set of reals; None if one of them names no set, or one that cannot be read."""
     named = [_REAL_SET.search(text) for text in (gold, answer)]
     sets = [_REAL_SET.search(text) or len(_split(_bracketed(text)[1], ",;")[0]) == 2 for text in (gold, answer)]
     names, others = (set(map("".join, _VARIABLE.findall(text))) for text in (gold, answer))

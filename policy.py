@@ -159,7 +159,7 @@ class PolicyWorker(WeightSender):
                 finite = torch.isfinite(grad_norm).item()  # the same on every rank
                 if finite or self.loss_scale == 1 or not math.isfinite(metrics["loss"]):
                     break
-                self.loss_scale, self.steps_at_scale = self.loss_scale / 2, 0  # float16 overflowed: again with less
+                self.loss_scale, self.steps_at_scale = self.loss_scale / 2, 0  # float16 overflowed: repeat with half
                 self._drop_gradients()
             lr = self._schedule()
             facts = {"grad_norm": grad_norm.item(), "lr": lr, "micro_batches": len(micro_batches)}
@@ -381,7 +381,7 @@ def clip_gradients(weights: list[nn.Parameter], max_norm: float | None, loss_sca
     """Divide the gradients by `loss_scale`, then shrink them to a global norm of at most `max_norm` (None: any norm).
 
     Returns the norm before clipping. torch's own function fails if some weights are tensor parallel and others are not.
-    Weights that are split alike share one collective; asking each DTensor for its norm would take one for each weight.
+    Weights that are split in the same way share one collective; asking each DTensor for its norm would take one each.
     """
     grads = [w.grad for w in weights if w.grad is not None]
     local = [grad.to_local() for grad in grads]

@@ -8,8 +8,8 @@ train.jsonl, validation.jsonl or both, and a *_metrics.json for each. A row, com
    "agent_ref": {"type": "responses_api_agents", "name": "math_with_judge_simple_agent"}, ...and the other columns}
 
 Rows are streamed, keep their order (the trainer shuffles) and are never cut. A bad row is an error that names file and
-line; --skip-bad counts such rows instead. Files appear complete or not at all; files that are there are replaced only
-with --overwrite. Without the hub, the same from files got in another way:
+line; with --skip-bad it is left out and counted. Files appear complete or not at all, and replace old ones only with
+--overwrite. Without the hub, the same data sets can come from local files:
 
   python prepare_data.py dapo-math-17k.parquet --dedup --output data/dapo17k
   python prepare_data.py aime-2024.parquet --validation-split 1 --output data/dapo17k
@@ -244,7 +244,7 @@ def read_all(args: argparse.Namespace) -> Iterator[tuple[str | None, str, Any]]:
 
 
 def prompt_length(row: Row, tokenizer: Any) -> int:
-    """In tokens, or in characters without a tokenizer."""
+    """Length of a row's prompt in tokens, or without a tokenizer in characters."""
     if tokenizer:
         return len(encode_prompt(tokenizer, row))
     return sum(len(message["content"]) for message in row["responses_create_params"]["input"])
@@ -254,7 +254,7 @@ def prompt_length(row: Row, tokenizer: Any) -> int:
 
 
 def json_line(row: Row) -> bytes:
-    """One line. JSON has neither infinity nor NaN, which become null, nor dates and decimals, which become text."""
+    """A row as a line of JSON, in which infinity and NaN become null, dates and decimals text."""
     encode = partial(json.dumps, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
     try:
         text = encode(row)
@@ -291,7 +291,7 @@ class SplitWriter:
             self.file.write(line * args.num_repeats)
 
     def finish(self) -> Row:
-        """Close the file; what *_metrics.json says, which is the same for the same rows."""
+        """Close the file and return the contents of *_metrics.json, which are the same for the same rows."""
         self.file.close()
         unit = "prompt_tokens" if self.args.tokenizer else "prompt_characters"
         return {**self.count, "distinct_answers": len(self.answers), unit: length_statistics(self.lengths)}
@@ -303,13 +303,13 @@ def length_statistics(lengths: list[int]) -> Row:
 
 
 def split_of(question: str, args: argparse.Namespace) -> str:
-    """By a hash of the question, so that its repeats are all on one side."""
+    """The split of a question, by its hash, so that all its repeats are in the same split."""
     digest = hashlib.blake2b(f"{args.seed}/{question}".encode(), digest_size=8).digest()
     return SPLITS[int.from_bytes(digest, "big") < args.validation_split * 2**64]
 
 
 def write_splits(args: argparse.Namespace, tokenizer: Any, writers: dict[str, SplitWriter]) -> None:
-    """Convert everything; ConfigError for a bad row without --skip-bad, or if a split is left without rows."""
+    """Convert all rows. Raises ConfigError for a bad row without --skip-bad, or if a split is left without rows."""
     template, bad = None if args.name == "arithmetic" else args.prompt_template, []
     for split, place, raw in tqdm(read_all(args), unit=" rows", disable=None):
         try:
@@ -371,7 +371,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def template_text(text: str) -> str:
-    """The template itself, or the file with it, that the option names."""
+    """The template that the option gives, as text or as a file's name."""
     template = Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text
     if "{question}" not in template:
         raise argparse.ArgumentTypeError(f"no {{question}} in {text!r} (and no file of that name has it)")

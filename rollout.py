@@ -182,7 +182,7 @@ class RolloutWorker(WeightReceiver):
         return found
 
     def abort(self, indices: list[int]) -> None:
-        """Drop those of these requests that are not finished."""
+        """Drop these requests unless they are finished."""
         self.engine.abort_request([str(index) for index in indices])
 
     @staticmethod

@@ -190,7 +190,7 @@ def end_of_sequence_ids(model_name: str, tokenizer: Any) -> list[int]:
 def contents(path: str | None) -> str | None:
     """A fingerprint of a file, or of a model's folder, that does not depend on its path. A name on the hub is its own.
 
-    It is the sha256 of the file; of a folder that of the size and the first and last MiB of each file of weights.
+    It is a sha256, for a folder over the size and the first and last MiB of each file of weights.
     """
     if path is None or not Path(path).exists():
         return path

@@ -63,8 +63,8 @@ def group_advantages(
 
     Reward minus the mean of the group's valid samples, or with `leave_one_out` of the other valid samples (RLOO,
     arXiv:2402.14740). With `normalize` divided by their Bessel-corrected standard deviation + 1e-6 (GRPO,
-    arXiv:2402.03300); where that is zero or undefined the difference stays as it is. Invalid samples, groups with fewer
-    than two valid samples, and groups with equal rewards get 0.
+    arXiv:2402.03300), unless the deviation is zero or undefined. Invalid samples, groups with fewer than two valid
+    samples, and groups with equal rewards get 0.
     """
     rewards_S = rewards_S.double()
     valid_S = torch.ones_like(group_S, dtype=torch.bool) if valid_S is None else valid_S.bool()
@@ -529,8 +529,8 @@ def train_step(run: Run, step: int) -> None:
     """One step, as the module's docstring and the README describe it."""
     cfg, g = run.cfg, run.cfg.grpo
     run.log.start_step(step, run.last_step)
-    # 1. to 4. The next rows of the shuffled file; their token ids to the engines; groups back as they finish, each
-    # scored while others are still being generated
+    # 1. to 4. Take the next rows of the shuffled file, send their token ids to the engines, and score each group of
+    # responses while others are still being generated
     with run.stop.interruptible():
         batch = next_batch(run, step)
         samples, drawn, run.batches_drawn = batch.samples, batch.drawn, batch.next

@@ -600,7 +600,7 @@ def validation_samples(run: Run, rows: Rows, n: int) -> list[Sample]:
     return [sample for part in parts for sample in part]
 
 
-# ---------------------------------------------------------------- start, gates
+# ---------------------------------------------------------------- start and stop
 
 
 def start(cfg: Config) -> Run:

@@ -26,12 +26,6 @@ Route = Literal["ipc", "object store", "broadcast"]
 Buckets = list[list[tuple[str, torch.Size]]]  # for each bucket the (Hugging Face name, shape) of its weights
 
 
-def route(device: str, colocated: bool) -> Route:
-    if not colocated:
-        return "broadcast"
-    return "ipc" if device == "cuda" else "object store"
-
-
 def split_into_buckets(weights: dict[str, torch.Tensor], itemsize: int) -> Buckets:
     """Group weights, in their order, into buckets of about BUCKET_BYTES. `itemsize`: bytes of a number on its way."""
     buckets: Buckets = [[]]
@@ -46,7 +40,7 @@ def split_into_buckets(weights: dict[str, torch.Tensor], itemsize: int) -> Bucke
 
 
 def full(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The whole of a weight. All ranks must call this for a sharded one, which travels, and comes, as `dtype`."""
+    """The whole of a weight. If it is sharded, all ranks must call this, and its shards travel as `dtype`."""
     weight = weight.detach()
     if not isinstance(weight, DTensor):
         return weight
@@ -87,7 +81,7 @@ class Refitting:
         """
         if flat.device.type == "cpu":
             return flat.view(torch.uint8).numpy()
-        self.shared = flat  # its memory must stay until all have read it, as they have before the next bucket
+        self.shared = flat  # kept until all have read it: until the next bucket, or `release_weight_bucket`
         torch.cuda.synchronize()
         return [reduce_tensor(flat)[1] for _ in range(readers)]
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 
 from config import Config, PolicyCfg
 from launch import OUT_OF_MEMORY_ADVICE, Actors
-from refit import Link, WeightReceiver, route
+from refit import Link, Route, WeightReceiver
 
 MOST_RESTARTS = 3  # of engines for one batch of prompts; then something is wrong that a restart does not cure
 ADVANCE_S = 0.05  # an engine that plays episodes takes in new requests at least this often
@@ -250,7 +250,7 @@ class RolloutEngines(Actors):
         eager = {"TORCHDYNAMO_DISABLE": str(int(cfg.policy.generation.vllm_cfg.enforce_eager))}
         super().__init__(RolloutWorker, arguments, cfg, placement, bundles, share, gpu_env={}, cpu_env=eager)
         self.cfg, self.sleeps = cfg, self.on_gpu and colocated.enabled and colocated.sleep
-        self.route = route(cfg.device, colocated.enabled)
+        self.route: Route = "broadcast" if not colocated.enabled else "ipc" if self.on_gpu else "object store"
         self.policy: list[Any] = []
         self.link: Link | None = None
         self.restarts = 0

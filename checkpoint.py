@@ -57,7 +57,7 @@ class Position:
 
     step: int = 0
     batches_drawn: int = 0  # of prompts: one a step, more with dynamic sampling
-    exceeded: dict[str, int] = dataclasses.field(default_factory=dict)  # for each gate how many steps in a row beyond
+    exceeded: dict[str, int] = dataclasses.field(default_factory=dict)  # for each gate the steps in a row above it
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of the step
 
 

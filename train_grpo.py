@@ -483,7 +483,7 @@ class Run:
     limits: Limits
     finished: Position  # where the run was after the last finished step
     batches_drawn: int  # batches of prompts, also for the present step: one a step, more with dynamic sampling
-    exceeded: dict[str, int]  # for each gate how many steps in a row were beyond it
+    exceeded: dict[str, int]  # for each gate the steps in a row above it
     learned: bool  # whether any step had a gradient; a run that continues assumes so of its earlier steps
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     ahead: Future | None = None  # the next step's batch, if it is drawn in the background

@@ -449,10 +449,14 @@ def contradictions(cfg: Config) -> Iterator[str]:
     ranked_by, sets = cfg.checkpointing.metric_name.split(":"), cfg.validation_sets
     if ranked_by[0] == "val" and sets and ":".join(ranked_by[1:-1]) not in sets:
         yield f"checkpointing.metric_name={cfg.checkpointing.metric_name} is of none of the validation sets"
-    if env.should_use_judge and not (env.judge_url or env.reward_url):
+    if env.should_use_judge and not env.judge_url:
         yield "env.should_use_judge=true needs env.judge_url"
-    if sum(map(bool, (env.gym_url, env.episode, env.reward_url))) > 1:
+    sources = [name for name in ("reward_url", "gym_url", "episode") if getattr(env, name)]
+    if len(sources) > 1:
         yield "of env.reward_url, env.gym_url and env.episode only one can give the rewards"
+    for name in ("verifier", "extraction", "should_use_judge", "judge_url") if sources else ():
+        if getattr(env, name) != getattr(Env(), name):
+            yield f"env.{name} is for the reward server that the run starts; with env.{sources[0]} it would do nothing"
 
 
 def help_text() -> str:

@@ -510,11 +510,9 @@ def train(cfg: Config) -> None:
 
 def loop(run: Run) -> None:
     """Run steps until the last one, or until the epochs' prompts are used up."""
-    if run.finished.step == 0:
+    if run.finished.step == 0 and run.cfg.grpo.val_at_start and run.val_rows:
         with run.stop.interruptible():
-            metrics = validate(run, step=0)
-        if metrics:
-            run.log.write(0, metrics)
+            run.log.write(0, validate(run, step=0))
     while run.finished.step < run.last_step and run.batches_drawn < run.num_batches:
         run.stop.before_step(run.checkpoints.seconds)
         train_step(run, run.finished.step + 1)
@@ -572,7 +570,7 @@ VALIDATION_SEED = 1_000_000_000  # far from the training steps' seeds, and the s
 def validate(run: Run, step: int) -> dict[str, float]:
     """Metrics of each validation set if a validation is due; a named set has val:NAME:accuracy and so on."""
     g, metrics = run.cfg.grpo, {}
-    at_this_step = g.val_at_start if step == 0 else g.val_period and (step % g.val_period == 0 or step == run.last_step)
+    at_this_step = step == 0 or g.val_period and (step % g.val_period == 0 or step == run.last_step)
     for name, rows in run.val_rows.items() if at_this_step else ():
         n = run.cfg.validation_sets[name].num_val_generations_per_prompt
         with run.log.phase("validate"):

@@ -67,7 +67,7 @@ def test_what_can_recover_recovers_within_the_step(begin, tmp_path, capfd):
     three = ["grpo.max_num_steps=3", "logger.num_rollouts_to_save=-1"]
     undisturbed = loop_of(begin(*three), tmp_path)
     run = begin(*three)
-    die_in(run.engines.workers[0], "step", after=20)  # an answer has at most 12 tokens: in the second batch
+    die_in(run.engines.workers[0], "step", after=14)  # answers have 7 to 12 tokens: in the second batch
     run.rewards.process.kill()
     assert loop_of(run, tmp_path) == undisturbed
     metrics = logged(tmp_path)
@@ -176,7 +176,7 @@ def test_a_time_limit_during_generation_saves_what_is_finished(begin, tmp_path, 
         original, calls = actor.step, itertools.count(1)
 
         def step():
-            if next(calls) == 20:
+            if next(calls) == 14:
                 os.kill(driver, signal.SIGUSR1)
             return original()
 

@@ -31,7 +31,7 @@ OPTIONS = {  # the last is of the variant grpo
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_variant_learns(begin, name, capsys, tmp_path):
+def test_every_variant_learns(begin, name, tmp_path):
     loop(begin(*OPTIONS[name]))
     metrics = logged(tmp_path)
     learned(metrics)
@@ -42,7 +42,6 @@ def test_every_variant_learns(begin, name, capsys, tmp_path):
         assert max(m["num_samples"] for m in metrics) == 256
         assert metrics[0]["kl_penalty"] < metrics[-1]["kl_penalty"]
         assert metrics[-1]["probs_ratio_max"] > 1.0  # the second optimizer step of a batch is off-policy
-        assert "dynamic sampling:" in capsys.readouterr().out
 
 
 def learned(metrics: list[dict]) -> None:
@@ -60,7 +59,7 @@ def test_a_loss_of_ones_own_learns(begin, tmp_path, monkeypatch):
     assert all(m["loss"] > 0.01 for m in metrics)  # a log-likelihood, which GRPO's loss is not
 
 
-def test_a_constant_reward_teaches_nothing(begin, tmp_path):
+def test_a_constant_reward_teaches_nothing(begin, tmp_path, capsys):
     """Weights bit for bit as before, even with weight decay, and the run says so: no step had anything to learn from.
 
     Dynamic sampling draws three batches for the first step, and the last of the four in two epochs for the second.
@@ -78,6 +77,7 @@ def test_a_constant_reward_teaches_nothing(begin, tmp_path):
     run.rewards.close()
     metrics = logged(tmp_path)
     assert [m["num_samples"] for m in metrics] == [1200, 400]
+    assert "dynamic sampling: 0 of 400 samples after 3 batches of prompts" in capsys.readouterr().out
     assert [m["reward"] for m in metrics] == [1.0, 1.0]
     assert [m["frac_zero_signal_groups"] for m in metrics] == [1.0, 1.0]
     after = weights(run, tmp_path / "after")

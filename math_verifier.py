@@ -669,7 +669,7 @@ def _compare_groups(gold: str, answer: str, algebra: bool) -> bool | None:
         bare = items if kind == "list" else others
         if values := list(_named(bare).values()):
             items, others = (values, others) if kind == "list" else (items, values)
-        elif (other == "list" and len(bare) == 2) or "=" in "".join(bare) or "∞" in "".join(bare):
+        elif len(bare) == 2 or "=" in "".join(bare) or "∞" in "".join(bare):
             return False  # the ends of an interval are not the interval
     elif len(kinds) == 2 and kinds != {"⟦⟧", "()"} and (kinds != {"()", "[]"} or len(items) == 2):
         return False  # the brackets of intervals matter

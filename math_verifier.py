@@ -54,7 +54,7 @@ def _walk(text: str) -> Iterator[tuple[int, str, int]]:
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}(\{)|\\boxed(?:\s{1,8}|(?=\d))([^\s{]\S{0,39})")
 _BETWEEN_BOXES = re.compile(
     r"(?=.*(?:[,;]|and|quad|or))"
-    r"(?:[\s$*,;]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|\\text\{[ ,]{0,3}(?:and|or)[ ,]{0,3}\}|\b(?:and|or)\b)+",
+    r"(?:[\s$*,;(]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|\\text\{[ ,]{0,3}(?:and|or)[ ,]{0,3}\}|\b(?:and|or)\b)+",
     re.S,
 )
 # The first letter is left out: the marker is found by searching backwards for "nswer".

@@ -868,6 +868,7 @@ EXTRACTION = [
     (r"\boxed{1} or \boxed{2}", None),  # a hedge
     (r"$\boxed{1}$ \text{ or } $\boxed{2}$", None),
     (r"either \boxed{1}, or \boxed{2}", None),
+    (r"$\boxed{1}$ (or $\boxed{2}$)", None),
     (r"\boxed{1} papers and \boxed{2}", "2"),
     (r"\boxed{1}, \boxed{}", None),
     # a box around boxes is the answer
@@ -1009,6 +1010,10 @@ def test_deadline_holds_in_process() -> None:
     assert verify(rf"\boxed{{{SLOW}}}", "42").status == "timeout"
     assert time.monotonic() - start < 4
     assert verify(r"\boxed{x+x+x}", "3x").reward == 1.0  # the killed worker was replaced
+
+
+def test_lone_surrogates_do_not_crash() -> None:
+    assert verify(r"\boxed{2x}", "x+\ud800").reward == verify("\\boxed{x+\ud800}", "2x").reward == 0.0
 
 
 def test_verify_from_threads() -> None:

@@ -784,7 +784,7 @@ _EXPLICIT = _table(
 _MISREAD = re.compile(
     r"(?<![\\a-zA-Z])[a-zA-Z] ?\\times ?[a-zA-Z]|Q_\{\d+\} ?\\times|\d\s+\d|(?:\\sqrt|\^) ?\("
     r"|[^\w\s\\+\-*/^(){}\[\]|!.=]|\b0 ?\^ ?\{? ?0|[\d)] ?_"
-    r"|/ ?\d+ ?(?:[a-zA-Z]|\\(?!cdot|times|div))|\^ ?(?:\w|\{[^{}]*\}) ?\^"  # 1/2x, 2^3^2
+    r"|/ ?\d+ ?(?:[a-zA-Z]|\\(?!cdot|times|div|rfloor|rceil))|\^ ?(?:\w|\{[^{}]*\}) ?\^"  # 1/2x, 2^3^2
     r"|[A-Z] ?\^ ?\{? ?(?:T(?![a-z])|-1 ?\} ?[A-Z])|[A-Z] ?[A-Z] ?\^ ?\{ ?-1"  # matrices do not commute
 )
 

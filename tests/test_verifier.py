@@ -736,6 +736,7 @@ KINDS = [
     (r"\frac{1}{2x}", "1/2x", False),
     (r"\frac{x}{2}", "1/2x", False),
     (r"\frac{1}{2x}", "1/(2x)", True),
+    (r"\lfloor \frac{n}{2} \rfloor", r"\lfloor n/2 \rfloor", True),
     ("64", "2^3^2", False),
     ("3/4", r"3\frac{}{4}", False),
     # an equation that is not solved

@@ -54,7 +54,7 @@ def _walk(text: str) -> Iterator[tuple[int, str, int]]:
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}(\{)|\\boxed(?:\s{1,8}|(?=\d))([^\s{]\S{0,39})")
 _BETWEEN_BOXES = re.compile(
     r"(?=.*(?:[,;]|and|quad|or))"
-    r"(?:[\s$*,;]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|\\text\{[ ,]{0,3}(?:and|or)[ ,]{0,3}\}|\b(?:and|or)\b)+",
+    r"(?:[\s$*,;(]|\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|\\text\{[ ,]{0,3}(?:and|or)[ ,]{0,3}\}|\b(?:and|or)\b)+",
     re.S,
 )
 # The first letter is left out: the marker is found by searching backwards for "nswer".
@@ -112,6 +112,8 @@ def _last_boxes(text: str) -> tuple[int, str] | None:
     for place in _backwards(text, "\\boxed", "\\fbox"):
         match = _BOX.match(text, place)
         end = _closing(text, match.end() - 1) if match and match[1] else match.end() - 1 if match else -1
+        if contents and end > last:  # a box around the boxes so far is the answer
+            contents.clear()
         between = text[end + 1 : following][:80] if contents else ""
         if contents and (end < 0 or not _BETWEEN_BOXES.fullmatch(between)):
             break
@@ -125,8 +127,9 @@ def _last_boxes(text: str) -> tuple[int, str] | None:
 
 def _tidy_line(line: str) -> str:
     """The answer in a line of prose, without emphasis, "the answer is" and what follows the sentence."""
-    line = _SENTENCE_END.split(line[:MAX_BOX_CHARS].strip().strip("*_ "), maxsplit=1)[0]
-    line = _SUBJECT.sub("", line).strip(" *:=")
+    line = line[:MAX_BOX_CHARS].strip().strip("*_ ")
+    line = _SENTENCE_END.split(line if "\\[" in line else line.removesuffix("\\]"), maxsplit=1)[0]
+    line = _SUBJECT.sub("", re.sub(r"\*\*(?= [a-z]{2})", "", line)).strip(" *:=")
     return "" if line in ("$$", "\\[") else _unwrap(line)
 
 
@@ -207,7 +210,7 @@ _SIGNS = str.maketrans(
 )
 _COMMANDS = _dictionary(r"""le leq leqq leqslant ≤|ge geq geqq geqslant ≥|ne neq ≠|lt <|gt >|pm ±|approx ≈|cup ∪
     |setminus backslash ∖|infty ∞|lbrace \{|rbrace \}|langle (|rangle )|dfrac tfrac cfrac \frac~|dbinom tbinom \binom~
-    |varnothing \emptyset~|euro EUR|pounds GBP|degree textdegree °|lvert rvert vert mid ¦|R Reals \mathbb{R}
+    |varnothing \emptyset~|euro EUR|pounds GBP|degree textdegree °|lvert rvert vert mid ¦|colon :|R Reals \mathbb{R}
     |left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits nolimits
     normalsize small large Large LARGE huge Huge hline quad qquad ~""")
 _MARKS = {"<super>": "^{%s}", "<sub>": "_{%s}"}
@@ -218,7 +221,7 @@ _NEAT = re.compile(r"[-+]?[\d.,]{1,40}|[a-zA-Z]")  # nothing to rewrite but the 
 _END = re.compile(r"(?<![\\,.\s])(?:[\\,\s]|(?<!\.)\.)+$")  # from the start of a run only, or the search is quadratic
 _WRAPPED = re.compile(
     r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]"
-    r"|\*\*([^*]+)\*\*|([`\"'])([^`\"']+)\6|\\(?:boxed|fbox)\s*\{(.*)\}",
+    r"|\*\*([^*]+)\*\*|([`\"'])([^`\"']+)\6|\\(?:boxed|fbox|mathbf|boldsymbol|bm|underline)\s*\{(.*)\}",
     re.S,
 )
 _GROUPED = re.compile(
@@ -231,7 +234,7 @@ _FONTS = _table(r"""
     \\(?:mathbf|mathcal|mathsf|mathtt|mathnormal|boldsymbol|bm|mathit|underline|operatorname\*?)\s*\{([^{}\\]*)\}  \1
     \\mathrm\s*\{ ?([eidT]) ?\}  \1
     \\(?:text(?:bf|it|rm|sf|tt|normal|up)|emph|[mh]box|mathrm|rm|bf|it)\s*\{([^{}]*)\}  \\text{\1}
-    \\text\s*\{ *([-+]?[\d.,/]*) *\}  ~\1
+    \\text\s*\{ *((?:\\\$)?[-+]?[\d.,/]*) *\}  ~\1
 """)
 _SPELLING = _table(
     rf"""
@@ -244,16 +247,16 @@ _SPELLING = _table(
     ^[a-zA-Z] ?\\in ?(?=\\\{{ ?-?\d)
     \+? ?∞|\\text\{{ ?infinity ?\}}|(?<![a-zA-Z\\])infinity(?![a-zA-Z])  ∞
     (?<=[\d.])\\dot ?\{{?(\d)\}}?(?:(\d*)\\dot ?\{{?(\d)\}}?)?  \\overline{{\1\2\3}}
-    (?<=\d\.)(\d*)\((\d+)\)$|(?<=[\d.])\\bar ?\{{?(\d+)\}}?  \1\\overline{{\2\3}}
+    (?<=\d\.)(\d*)\((\d+)\)$|(?<=[\d.])\\bar ?\{{?(\d+)\}}?|(?<=[\d.])\\overline ?(\d)(?!\d)  \1\\overline{{\2\3\4}}
     \s?(?:\^ ?\{{? ?(?:\\circ|°) ?\}}?|\\text\{{ ?deg(?:ree)?s?\.? ?\}}|(?<=[\d}}]) degrees?\b)  °
     \s?(?:\\%|\\text\{{ ?(?:\\?%|per ?cent(?:age)?|pct) ?\}}|(?<=[\d}}]) ?(?:per ?cent(?:age)?|pct)\b)  %
     \\text\{{ ?(?:the set of )?all real(?: number)?s ?\}}|^(?:the set of )?all real(?: number)?s$  \\mathbb{{R}}
     \\mathbb ?\{{? ?R ?\}}? ?(?:[\^_] ?\{{?\+\}}?|_ ?\{{ ?> ?0 ?\}})  (0,∞)
     \\mathbb ?(?:\{{ ?R ?\}}|R(?![a-zA-Z]))(?! ?[_^])  (-∞,∞)
     \\\{{\s*\\\}}  \\emptyset
-    ^\\\{{ ?((?:[-+\d./]|\\frac ?\{{\d+\}} ?\{{\d+\}})+) ?\\\}}$  \1
     (\\frac|\\binom) ?({_TOKEN})  \1{{\2}}
     (\\(?:frac|binom) ?{_BRACES}) ?({_TOKEN})  \1{{\2}}
+    ^\\\{{ ?((?:[-+\d./]|\\frac ?\{{\d+\}} ?\{{\d+\}})+) ?\\\}}$  \1
     \\sqrt ?(\[[^\]]*\])? ?(\d+(?:\.\d+)?|{_TOKEN})  \\sqrt\1{{\2}}
     (?<![a-zA-Z}}\]_^])\{{ ?\}}
     \( ?(≈[^()]*)\)$  \1
@@ -362,7 +365,7 @@ _COUNT = (
     r"|sixty|seventy|eighty|ninety|hundred|thousand|million|billion|trillion|dozen|score|half|halve|third|quarter"
 )
 _NOT_A_UNIT = re.compile(
-    rf"\b(?:(?:{_COUNT}|negative|inverse|factorial|reciprocal|guesse?|percent|root)s?"
+    rf"\b(?:(?:{_COUNT}|negative|inverse|factorial|reciprocal|guesse?|percent(?:age|ile)?|root|basi)s?"
     rf"|(?:{_COUNT}|\w+tie|fif|eigh|nin|twelf)ths?"
     r"|is|was|isn|not?|or|and|but|if|then|than|the|be|nor|neither|either|minus|plus|times|over|by|divided|more|less|it|its"
     r"|this|that|as|because|since|so|base|mod|modulo|where|for|with|without|to|through|versus|vs|from|until|equals|except"
@@ -415,7 +418,7 @@ def units_differ(gold: str, answer: str) -> bool:
 _DECIMAL = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
 _NUMBER = re.compile(rf"(?:(\d+) (?:and )?)?([-+]?) ?({_DECIMAL})(?: ?/ ?([-+]?) ?({_DECIMAL}))?")
 _POWER_OF_TEN = re.compile(r"^([\d.]+) ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?\{? ?([-+]?) ?(\d{1,3}) ?\}?$")
-_FRACTION = re.compile(r"(.*?)\\frac ?\{ ?([^{}]*?) ?\} ?\{ ?([^{}]*?) ?\}")
+_FRACTION = re.compile(r"(.*?)\\frac ?\{ ?([^{}]+?) ?\} ?\{ ?([^{}]+?) ?\}")
 
 
 @lru_cache(maxsize=4_096)
@@ -666,7 +669,7 @@ def _compare_groups(gold: str, answer: str, algebra: bool) -> bool | None:
         bare = items if kind == "list" else others
         if values := list(_named(bare).values()):
             items, others = (values, others) if kind == "list" else (items, values)
-        elif (other == "list" and len(bare) == 2) or "=" in "".join(bare) or "∞" in "".join(bare):
+        elif len(bare) == 2 or "=" in "".join(bare) or "∞" in "".join(bare):
             return False  # the ends of an interval are not the interval
     elif len(kinds) == 2 and kinds != {"⟦⟧", "()"} and (kinds != {"()", "[]"} or len(items) == 2):
         return False  # the brackets of intervals matter
@@ -688,8 +691,8 @@ def _compare_chains(gold: str, answer: str, algebra: bool) -> bool:
         same_name = len(names) == 1 or ("y" in names and "(x)" in (gold_name[-3:], name[-3:]))
         if not gold_signs or (gold_name and (not answer_signs or (name and same_name))):
             return all(compare(gold_values[-1], value, algebra) for value in values)
-        if gold_name and name and _is_number(gold_values[-1]):
-            return False  # x = 1 is not y = 1
+        if gold_name and not re.search(_LETTER, split_unit(gold_values[-1])[0]):
+            return False  # x = 1 is neither y = 1 nor 2x = 2
     if gold_signs != answer_signs:
         return False
     ordered = gold_signs.strip("=") != ""
@@ -759,6 +762,8 @@ _ATOM = re.compile(
     r"|[a-zA-Z](?:'+|(?<=[fgFG]) ?\^ ?\{? ?-1 ?\}?(?= ?\())(?: ?\([^()]*\))?|\\text\{[^{}]*\}"
     r"|\\(?:vec|hat|bar|overline|tilde|angle|triangle|overrightarrow) ?(?:\{ ?[A-Za-z]+ ?\}|[A-Za-z]+)"
 )
+# What the parser takes for the imaginary unit, Euler's constant, and a transposition that it drops.
+_NO_CONSTANT = re.compile(r"(?<!_)(?<!_\{)(?:(?<![\\a-zA-Z])[IT]|\\[gG]amma(?![a-z]))(?: ?_ ?(?:\w|\{[^{}]*\}))?")
 _APPLIED = re.compile(rf"({_LETTER}(?:_\{{?\w+\}}?)?) ?\(([^()]*)\)")
 _RAISED = r"(?:\^ ?(?:\w|\{[^{}]*\}))? ?"
 _EXPLICIT = _table(
@@ -779,6 +784,7 @@ _EXPLICIT = _table(
 _MISREAD = re.compile(
     r"(?<![\\a-zA-Z])[a-zA-Z] ?\\times ?[a-zA-Z]|Q_\{\d+\} ?\\times|\d\s+\d|(?:\\sqrt|\^) ?\("
     r"|[^\w\s\\+\-*/^(){}\[\]|!.=]|\b0 ?\^ ?\{? ?0|[\d)] ?_"
+    r"|/ ?\d+ ?(?:[a-zA-Z]|\\(?!cdot|times|div|rfloor|rceil))|\^ ?(?:\w|\{[^{}]*\}) ?\^"  # 1/2x, 2^3^2
     r"|[A-Z] ?\^ ?\{? ?(?:T(?![a-z])|-1 ?\} ?[A-Z])|[A-Z] ?[A-Z] ?\^ ?\{ ?-1"  # matrices do not commute
 )
 
@@ -825,7 +831,7 @@ def _read(text: str, functions: set[str]) -> Any:
     if _MISREAD.search(text) or not all(map(_KNOWN.fullmatch, re.findall(r"\\([a-zA-Z]+|.)", text))):
         raise UnparsableGold(text[:40])
     try:
-        return _parse(text)
+        return _parse(_NO_CONSTANT.sub(lambda match: _symbol(match[0]), text))
     except (MemoryError, RecursionError, UnparsableGold):
         raise
     except Exception as error:  # whatever the parser raises, it did not read this
@@ -836,7 +842,7 @@ def _real_set(text: str, functions: set[str]) -> Any:
     """A set of reals, or UnparsableGold."""
     import sympy
 
-    text = _VARIABLE.sub("", text, count=1) if "\\in" in text else text
+    text = _VARIABLE.sub("", text, count=1) if "\\in" in text and not text.startswith("\\{") else text
     kind, content = _bracketed(text)
     if kind == "{}" and (match := re.fullmatch(r"[a-z] ?(?:\\in ?\(-∞,∞\) ?)?[:|] ?(.+)", content)):
         return _real_set(match[1], functions)
@@ -932,8 +938,8 @@ def _compare_sets(gold: str, answer: str, algebra: bool) -> bool | None:
     """Whether two texts name the same set of reals; None if one of them names no set, or one that cannot be read."""
     named = [_REAL_SET.search(text) for text in (gold, answer)]
     sets = [_REAL_SET.search(text) or len(_split(_bracketed(text)[1], ",;")[0]) == 2 for text in (gold, answer)]
-    names, others = (set(map("".join, _VARIABLE.findall(text))) for text in (gold, answer))
-    if not any(named) or not all(sets) or (names and others and names != others):
+    names = {*map("".join, _VARIABLE.findall(f"{gold} ; {answer}"))} - {"e"}
+    if not any(named) or not all(sets) or len(names) > 1 or re.search(r"\[ ?-?∞|∞ ?\]", gold + answer):
         return None
     functions = _functions(algebra, gold, answer)
     try:

@@ -74,7 +74,7 @@ def exact_verdict(text: str, expected_answer: str, lenient: bool = False) -> Ver
     except Exception as error:  # a bug, or a caller near the recursion limit: not verified, which is not "wrong"
         status, reason = "timeout", f"{type(error).__name__}: {error}"[:300]
     if status == "unknown" or (lenient and status != "correct"):
-        row = {"expected_answer": gold, "lenient": lenient}
+        row = {"expected_answer": gold.encode(errors="replace").decode(), "lenient": lenient}
         return text if lenient else answer, msgspec.json.encode(row)
     return Verdict(float(status == "correct"), status, answer, reason)
 

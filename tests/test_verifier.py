@@ -617,6 +617,8 @@ KINDS = [
     ("(-2,7)", r"x=-2\text{ or }x=7", False),
     ("(-7,7)", r"\pm 7", False),
     ("(3,8)", "3, 8", False),
+    ("3, 8", "(3,8)", False),
+    ("3, 8, 9", "(3,8,9)", True),
     ("(3,8,9)", "3, 8, 9", True),
     ("(3,8,9)", "[3,8,9)", False),
     ("(3,8)", r"\{x \mid 3<x<8\}", True),
@@ -719,6 +721,47 @@ KINDS = [
     ("(1,2)", r"\\left(1, 2\\right)", True),  # escaped twice
     ("C", "C. or D", False),
     ("C", "(C) (D)", False),
+    # letters that the parser takes for constants, or drops
+    ("I^2R", "IR", False),
+    ("3+4i", "3+4I", False),
+    ("I_1 + I_2", "2I", False),
+    (r"\frac{1}{2}I\omega^2", r"\frac{I\omega^2}{2}", True),
+    ("I(a+b) + I", "aI + bI + I", True),
+    ("(1+r)^T", "1+r", False),
+    ("2^T", "2", False),
+    ("(1+r)^{T}", "(r+1)^T", True),
+    (r"\gamma", r"\Gamma", False),
+    (r"|\gamma|", r"\gamma", False),
+    # what is read in two ways
+    (r"\frac{1}{2x}", "1/2x", False),
+    (r"\frac{x}{2}", "1/2x", False),
+    (r"\frac{1}{2x}", "1/(2x)", True),
+    (r"\lfloor \frac{n}{2} \rfloor", r"\lfloor n/2 \rfloor", True),
+    ("64", "2^3^2", False),
+    ("3/4", r"3\frac{}{4}", False),
+    # an equation that is not solved
+    ("x = 9", "2x = 18", False),
+    ("x = 9", "3x + 5 = 32", False),
+    (r"x = \sqrt{2}", r"x - \sqrt{2} = 0", False),
+    ("x = 9", "x = 18/2", True),
+    ("x^2-5x+6=0", "2x^2-10x+12=0", True),
+    # sets of reals
+    ("(0,5)", "x>0, y<5", False),
+    ("x>0, y<5", "y>0, x<5", False),
+    ("x>0, y<5", "y<5, x>0", True),
+    (r"(e,\infty)", "x > e", True),
+    (r"x \le 2", r"[-\infty,2]", False),
+    (r"(2,\infty)", r"\{x \in \mathbb{R} \mid x > 2\}", True),
+    (r"(2,\infty)", r"\{x \in \mathbb{Z} \mid x > 2\}", False),
+    # fonts and spellings
+    (r"\frac{3}{4}", r"\mathbf{\frac{3}{4}}", True),
+    (r"\frac{3}{4}", r"x = \boldsymbol{\frac34}", True),
+    (r"\frac{3}{4}", r"\{\frac34\}", True),
+    (r"\frac{1}{6}", r"0.1\overline6", True),
+    ("2:3", r"2\colon 3", True),
+    ("5.5", r"\text{\$5.50}", True),
+    (r"2\pi", r"2\pi hr", False),
+    *[("9", rf"9\text{{ {word}}}", False) for word in ("percentage points", "percentiles", "basis points")],
 ]
 
 
@@ -826,8 +869,19 @@ EXTRACTION = [
     (r"\boxed{1} or \boxed{2}", None),  # a hedge
     (r"$\boxed{1}$ \text{ or } $\boxed{2}$", None),
     (r"either \boxed{1}, or \boxed{2}", None),
+    (r"$\boxed{1}$ (or $\boxed{2}$)", None),
     (r"\boxed{1} papers and \boxed{2}", "2"),
     (r"\boxed{1}, \boxed{}", None),
+    # a box around boxes is the answer
+    (r"\boxed{\boxed{6} or 7}", r"\boxed{6} or 7"),
+    (r"\boxed{-\boxed{6}}", r"-\boxed{6}"),
+    (r"\boxed{6}, \boxed{\boxed{7}}", r"6, \boxed{7}"),
+    (r"\boxed{6 \boxed{7}", "7"),
+    # on the line behind the marker, and emphasis in the middle
+    ("Answer:\n\\[ x = 42. \\]", "x = 42"),
+    ("Answer:\n$$42$$", "42$$"),
+    ("Answer: \\[42\\] or 43", r"\[42\] or 43"),
+    ("The final answer is **42** apples.", "42 apples"),
     ("It is 42", None),
     ("I like 42 boxes", None),
     ("", None),
@@ -957,6 +1011,10 @@ def test_deadline_holds_in_process() -> None:
     assert verify(rf"\boxed{{{SLOW}}}", "42").status == "timeout"
     assert time.monotonic() - start < 4
     assert verify(r"\boxed{x+x+x}", "3x").reward == 1.0  # the killed worker was replaced
+
+
+def test_lone_surrogates_do_not_crash() -> None:
+    assert verify(r"\boxed{2x}", "x+\ud800").reward == verify("\\boxed{x+\ud800}", "2x").reward == 0.0
 
 
 def test_verify_from_threads() -> None:

@@ -3,40 +3,28 @@
     python recipes/quickstart_model.py --data data/quickstart/train.jsonl --output results/quickstart/model
 
 A pretrained model answers some problems before reinforcement learning starts; this stands in for one where nothing can
-be downloaded. It is fine-tuned by one rank of policy.py with the loss of sft.py, here without Ray. Half of the answers
-that it sees are wrong on purpose: what it samples is right about one time in three, which leaves GRPO something to do.
-Takes one to two minutes on two cores; does nothing when the folder is already there.
+be downloaded. Half of the labels are wrong on purpose: sampled answers are right about one time in three, which leaves
+GRPO something to do. Takes about a minute on two cores; does nothing when the folder is already there.
 """
 
 import argparse
 import json
 import os
 import shutil
-import socket
-import sys
 import time
 from pathlib import Path
 
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}  # read on import; see launch.start_ray
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-from config import load_config  # noqa: E402 - the scripts lie beside this folder
-from model import Sequences  # noqa: E402
-from policy import PolicyWorker  # noqa: E402
-from rows import Rows  # noqa: E402
-from sft import negative_log_likelihood, solution_ids  # noqa: E402
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WRONG_ANSWERS = 0.5
+WRONG_LABELS = 0.5
 ENOUGH = 0.30  # stop when this share of sampled answers would be right
 
 
@@ -73,22 +61,28 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
-def warm_up(worker: PolicyWorker, prompts: list[np.ndarray], right: list[np.ndarray], seed: int, steps: int) -> float:
-    """Fine-tune until `ENOUGH` of the sampled answers would be right; returns that share: exact, without sampling."""
-    rng, began, share = np.random.default_rng(seed), time.time(), 0.0
-    shown = Sequences(prompts[:256], right[:256], {}, {})
-    for step in range(steps):
-        chosen = rng.integers(len(prompts), size=128)
-        # A wrong answer is the right one of another row.
-        answered = np.where(rng.random(128) < WRONG_ANSWERS, rng.integers(len(prompts), size=128), chosen)
-        batch = Sequences([prompts[i] for i in chosen], [right[i] for i in answered], {}, {})
-        worker.update(batch, negative_log_likelihood, {"num_tokens": sum(map(len, batch.response_ids))})
-        if step % 25 == 24:
-            share = float(np.mean([np.exp(logprobs.sum()) for logprobs in worker.logprobs(shown).values()]))
-            print(f"supervised step {step + 1}: {share:.0%} of sampled answers right, {time.time() - began:.0f} s")
-            if share >= ENOUGH:
-                break
-    return share
+def encode(
+    tokenizer: PreTrainedTokenizerFast, rows: list[dict], solutions: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [rows, longest] padded on the right, and labels: -100 on prompt and padding."""
+    ids, labels = [], []
+    for row, solution in zip(rows, solutions, strict=True):
+        messages = row["responses_create_params"]["input"]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        answer = tokenizer.encode(solution) + [tokenizer.eos_token_id]
+        ids.append(torch.tensor(prompt + answer))
+        labels.append(torch.tensor([-100] * len(prompt) + answer))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(ids, True, tokenizer.pad_token_id), pad(labels, True, -100)
+
+
+@torch.no_grad()
+def chance_of_right_answer(model: Qwen3ForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean probability of sampling exactly the right answer: exact, without sampling."""
+    logprobs = model(ids).logits[:, :-1].log_softmax(-1)
+    target = labels[:, 1:]
+    picked = logprobs.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    return (picked * (target >= 0)).sum(1).exp().mean().item()
 
 
 def main() -> None:
@@ -101,37 +95,40 @@ def main() -> None:
     if args.output.exists():
         print(f"{args.output} is already there")
         return
-    tokenizer = train_tokenizer([f"{row['question']} {row['solution']}" for row in map(json.loads, args.data.open())])
+    rows = [json.loads(line) for line in args.data.open()]
     torch.manual_seed(args.seed)
+    tokenizer = train_tokenizer([row["question"] + " " + row["solution"] for row in rows])
     model = make_model(tokenizer)
+    ids, labels = encode(tokenizer, rows, [row["solution"] for row in rows])
+    answers = torch.randperm(len(rows))  # a wrong label is the right one of another row
+    _, wrong = encode(tokenizer, rows, [rows[i]["solution"] for i in answers])
+    width = max(labels.shape[1], wrong.shape[1])
+    ids, labels, wrong = (torch.nn.functional.pad(x, (0, width - x.shape[1]), value=v)
+                          for x, v in ((ids, tokenizer.pad_token_id), (labels, -100), (wrong, -100)))  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    began, right = time.time(), 0.0
+    for step in range(args.max_steps):
+        batch = torch.randint(len(rows), (128,))
+        noisy = torch.where(torch.rand(128, 1) < WRONG_LABELS, wrong[batch], labels[batch])
+        inputs = torch.where(noisy >= 0, noisy, torch.where(labels[batch] >= 0, tokenizer.pad_token_id, ids[batch]))
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 100)
+        model(inputs, labels=noisy).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 25 == 24:
+            right = chance_of_right_answer(model, ids[:256], labels[:256])
+            print(f"supervised step {step + 1}: {right:.0%} of sampled answers right, {time.time() - began:.0f} s")
+            if right >= ENOUGH:
+                break
     unfinished = args.output.with_name("tmp_" + args.output.name)
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    settings = [
-        f"policy.model_name={unfinished}", "cluster.gpus_per_node=0", "policy.precision=float32",
-        "policy.sequence_packing.train_mb_tokens=256", "policy.optimizer.lr=3e-3",
-        "policy.optimizer.weight_decay=0.01", "policy.scheduler.warmup_steps=100",
-    ]  # fmt: skip
-    cfg = load_config(ROOT / "recipes" / "quickstart.yaml", settings).policy
-    rows = Rows(str(args.data), tokenizer, cfg.max_total_sequence_length, task="any")
-    prompts = [np.array(ids) for ids in rows.prompt_ids]
-    worker = PolicyWorker(cfg, 0, 1, "cpu", timeout_s=60)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    worker.setup(address)
-    right = solution_ids(rows, tokenizer, cfg.max_total_sequence_length)
-    share = warm_up(worker, prompts, right, args.seed, args.max_steps)
-    worker.save(str(unfinished), lambda: None)
-    error, _ = worker.wait_saved()
-    if error:
-        sys.exit(f"error: {unfinished} could not be written: {error}")
-    shutil.rmtree(unfinished / "training_state")
     unfinished.rename(args.output)
-    torch.distributed.destroy_process_group()
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.output}: {parameters / 1e6:.2f} million parameters, vocabulary {len(tokenizer)}, {share:.0%} right")
+    print(f"{args.output}: {parameters / 1e6:.2f} million parameters, vocabulary {len(tokenizer)}, {right:.0%} right")
 
 
 if __name__ == "__main__":

@@ -83,9 +83,9 @@ class StopRequests:
         try:
             self._raise_if_asked()
             yield
-        except SystemError as e:  # Ray's compiled code turns an exception in a signal handler into this
-            if isinstance(e.__cause__, Stopped):
-                raise e.__cause__ from None
+        except Exception:  # Ray's compiled code turns what a signal handler raises into a SystemError, or into None
+            if self.reason:
+                raise Stopped(self.reason) from None
             raise
         finally:
             self.may_interrupt = False

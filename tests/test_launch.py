@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext, suppress
@@ -119,6 +120,24 @@ def test_a_run_does_not_join_an_old_ray_and_does_not_stop_for_it(beside_old_ray)
 def test_a_signal_while_ray_waits_stops_the_run(beside_old_ray):
     """Ray's compiled code makes a SystemError of a signal handler's exception, once what it waits for is over."""
     assert beside_old_ray[0][1:] == ["stopped by SIGTERM"] * 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_request_to_stop_that_ray_swallows_is_not_lost(number):
+    """Its compiled code may return None instead of what the handler raised; what fails on that is the request."""
+    stop, before = StopRequests(None), signal.getsignal(number)
+    signal.signal(number, stop._receive)
+    try:
+        with pytest.raises(TypeError), stop.interruptible():
+            iter(None)
+        with pytest.raises(Stopped, match=number.name), stop.interruptible():
+            with suppress(Stopped):
+                os.kill(os.getpid(), number)
+            iter(None)
+        with pytest.raises(Stopped, match=number.name):
+            stop.before_step(0.0)
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.slow

@@ -427,18 +427,11 @@ class Policy(Actors):
         """Name and bytes of the GPU of rank 0; can be asked before `start`."""
         return ray.get(self.workers[0].gpu.remote(), timeout=self.timeout_s)
 
-    def update(
-        self,
-        batch: Sequences,
-        loss_fn: Callable,
-        loss_kwargs: dict[str, Any],
-        trace: str | None = None,
-        with_entropy: bool = False,
-    ) -> dict[str, float]:
-        """One optimizer step; metrics as `PolicyWorker.update` gives them, the same on every rank."""
+    def update(self, batch: Sequences, loss_fn: Callable, loss_kwargs: dict[str, Any], *more: Any) -> dict[str, float]:
+        """One optimizer step; `more` and metrics as for `PolicyWorker.update`, the metrics the same on every rank."""
         if loss_fn is not self._loss_fn:  # pickling a function of the main script takes milliseconds: once is enough
             self._loss_fn, self._loss_ref = loss_fn, ray.put(loss_fn)
-        return self.all("update", ray.put(batch), self._loss_ref, loss_kwargs, trace, with_entropy)[0]
+        return self.all("update", ray.put(batch), self._loss_ref, loss_kwargs, *more)[0]
 
     def logprobs(self, batch: Sequences, reference: bool = False) -> list[np.ndarray]:
         """Log-probabilities of every response token, in the order of `batch`, under the present or starting weights."""

@@ -512,7 +512,8 @@ def loop(run: Run) -> None:
     """Run steps until the last one, or until the epochs' prompts are used up."""
     if run.finished.step == 0 and run.cfg.grpo.val_at_start and run.val_rows:
         with run.stop.interruptible():
-            run.log.write(0, validate(run, step=0))
+            metrics = validate(run, step=0)
+        run.log.write(0, metrics)
     while run.finished.step < run.last_step and run.batches_drawn < run.num_batches:
         run.stop.before_step(run.checkpoints.seconds)
         train_step(run, run.finished.step + 1)
@@ -614,27 +615,28 @@ def start(cfg: Config) -> Run:
     stop_token_ids = end_of_sequence_ids(cfg.policy.model_name, tokenizer)
     check_model(cfg.policy, len(tokenizer))
     with log.phase("start"), stop.interruptible(), ExitStack() as on_error:
-        placement = start_ray(cfg, stop)
         rewards = None if cfg.env.plays_episodes else RewardClient(cfg.env, cfg.logger.log_dir)
         on_error.callback(lambda: rewards and rewards.close())
+        # Rows are read before Ray starts, so that a bad one costs seconds.
+        data, limit = cfg.data, cfg.policy.max_total_sequence_length
+        task = "episode" if not rewards else "any" if rewards.is_gym else "math"
+        read = partial(Rows, tokenizer=tokenizer, max_length=limit, task=task)
+        rows, val_rows = read(data.train_jsonl_fpath), {n: read(each.path) for n, each in cfg.validation_sets.items()}
+        num_batches = rows.number_of_batches(g.num_prompts_per_step, g.max_num_epochs)
+        placement = start_ray(cfg, stop)
         policy, shape = Policy(cfg, placement), Shape.of(cfg.policy.model_name)
         engines = RolloutEngines(cfg, placement, not_for_kv_cache=not_for_kv_cache(cfg, shape))
         gpu_name, gpu_bytes = policy.gpu()
         for line in memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK):
             print(line, flush=True)
-        loading = policy.start() + engines.start()  # in the background, while rows are read here
-        data, limit = cfg.data, cfg.policy.max_total_sequence_length
-        task = "episode" if not rewards else "any" if rewards.is_gym else "math"
-        read = partial(Rows, tokenizer=tokenizer, max_length=limit, task=task)
-        rows = read(data.train_jsonl_fpath)
-        num_batches = rows.number_of_batches(g.num_prompts_per_step, g.max_num_epochs)
+        loading = policy.start() + engines.start()  # in the background
         run = Run(
             cfg=cfg,
             log=log,
             tokenizer=tokenizer,
             stop_token_ids=stop_token_ids,
             rows=rows,
-            val_rows={name: read(each.path) for name, each in cfg.validation_sets.items()},
+            val_rows=val_rows,
             num_batches=num_batches,
             last_step=min(g.max_num_steps, num_batches),
             rewards=rewards,

@@ -24,7 +24,7 @@ LAST = 25  # steps whose mean reward the table has
 def train(model: Path, output: Path, name: str, seed: int, steps: int) -> None:
     """One run and its score in a fresh vLLM."""
     overrides = [f"grpo.use_leave_one_out_baseline={NAMES[name]}", f"grpo.seed={seed}", f"grpo.max_num_steps={steps}"]
-    overrides += [f"grpo.val_period={steps}", f"checkpointing.save_period={steps}"]
+    overrides += [f"grpo.val_period={steps // 2}", f"checkpointing.save_period={steps}"]
     with tempfile.TemporaryDirectory() as work:
         script = ["bash", str(ROOT / "benchmarks" / "smollm2_arithmetic.sh"), str(model), work, *overrides]
         subprocess.run(script, check=True, timeout=1200)

@@ -33,7 +33,8 @@ def adapted() -> dict[str, tuple[str, str, dict]]:
         folders.pop(folders.pop("_delete_key", None), None)
         ((folder, settings),) = folders.items()
         found[name] = kind, folder, settings
-    return found
+    kind, _, settings = found["reward_server_environment"]
+    return found | {"legacy_environment": (kind, "single_agent_turn_legacy", settings)}
 
 
 def servers(model_urls: list[str]) -> dict[str, tuple[str, str, dict]]:

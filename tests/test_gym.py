@@ -335,6 +335,10 @@ def test_our_verifier_in_an_environment_server_of_gym(gym, adapter, episodes, to
     assert re.search(r"1 of 4 episodes lost; one: RuntimeError: 422, .*/verify'", capsys.readouterr().err)
     with pytest.raises(RunError, match="/run answered 422: .*episode_id"):  # a row that is not materialized
         played.play([row | {"expected_answer": "20"}], 1, 0, lambda: None)
+    played.close()
+    legacy = episodes(["Answer: 20"], f"env.gym_url={gym['legacy_environment']}", urls[1])
+    (flat,) = legacy.play([row | {"expected_answer": "20"}], 1, 0, lambda: None)
+    assert (flat.reward, flat.status) == (1.0, "correct")
 
 
 @needs_gym

@@ -12,12 +12,13 @@ import psutil
 import pytest
 import ray
 import torch
-from conftest import ROOT, run_script
+from conftest import RECIPE, ROOT, run_script
 
 import evaluate
 from config import ConfigError, load_config
 from launch import check_before_start
 from rows import Rows, end_of_sequence_ids, load_tokenizer
+from train_grpo import start
 
 BATCH = ["grpo.num_prompts_per_step=8", "grpo.num_generations_per_prompt=8"]
 
@@ -290,6 +291,18 @@ def test_bad_rows_name_file_and_line(arithmetic_rows, tiny_model, tmp_path, line
     path.write_text((arithmetic_rows / "train.jsonl").open().readline() + line + "\n")
     with pytest.raises(ConfigError, match=words):
         Rows(str(path), AutoTokenizer.from_pretrained(tiny_model), 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_bad_row_ends_a_run_before_ray_starts(base, tmp_path, monkeypatch, stopped_afterwards, split):
+    """There is no Ray at the address, which would be an error too, but nobody asks."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    (tmp_path / "rows.jsonl").write_text("{\n")
+    folders = [f"logger.log_dir={tmp_path}/logs", f"checkpointing.checkpoint_dir={tmp_path}/checkpoints"]
+    cfg = load_config(RECIPE, [*base, *folders, f"data.{split}_jsonl_fpath={tmp_path}/rows.jsonl"])
+    with pytest.raises(ConfigError, match="rows.jsonl line 1 is not a row"):
+        start(cfg)
 
 
 def test_chat_templates(arithmetic_rows, tiny_model, tmp_path):

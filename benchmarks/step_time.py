@@ -1,11 +1,15 @@
 """Step time of a model's real geometry with random weights, split into generate, train and refit.
 
-    python benchmarks/step_time.py GEOMETRY [--gpus N] [--name NAME] [--results FILE] [section.key=value ...]
+    python benchmarks/step_time.py GEOMETRY [--gpus N] [--lengths FILE] [--name NAME] [--results FILE]
+        [section.key=value ...]
 
 Runs the real train_grpo.py on prompts of exact length, with answers cut at an exact length (a random model ends one in
 some hundred thousand tokens) and rewards by the parity of a checksum, so that nearly every group has a signal. Prints
 one JSON line, the medians over the steps after the first two (`--warm-up`), and puts it into FILE, a list of runs, in
-place of an earlier run of the same name. Efficiency, MFU and MBU are those of hardware.py. After its formulas changed
+place of an earlier run of the same name. Efficiency, MFU and MBU are those of hardware.py. `--lengths`: a JSON list with
+the length of each response of a step instead of one for all, such as benchmarks/lengths.json: 1,024, log-normal with a
+median of 700, cut at 4,096, which 5 % reach. Then `tail_share` is the part of sampling in which an engine had at most
+5 % of its responses left. After the formulas changed
 
     python benchmarks/step_time.py recompute FILE
 
@@ -123,9 +127,12 @@ def run(args: argparse.Namespace, overrides: list[str], work: Path) -> list[dict
     if not (model / "tokenizer.json").exists():
         make_model(args.geometry, model)
     write_rows(work / "rows.jsonl", args.prompts * args.steps, args.prompt_tokens, GEOMETRIES[args.geometry][6])
+    script = [str(ROOT / "train_grpo.py")]
+    if args.lengths:
+        script = [str(ROOT / "benchmarks" / "forced_lengths.py"), str(args.lengths.resolve()), f"{work}/tail.jsonl"]
     with coin_server(workers=4) as url:
         command = [
-            sys.executable, str(ROOT / "train_grpo.py"), "--config", str(ROOT / "config.yaml"),
+            sys.executable, *script, "--config", str(ROOT / "config.yaml"),
             f"policy.model_name={model}", f"data.train_jsonl_fpath={work}/rows.jsonl",
             "data.validation_jsonl_fpath=null", f"env.reward_url={url}", "env.reward_timeout_s=120",
             f"grpo.num_prompts_per_step={args.prompts}", f"grpo.num_generations_per_prompt={args.group}",
@@ -183,6 +190,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=150)
     parser.add_argument("--answer-tokens", type=int, default=350)
+    parser.add_argument("--lengths", type=Path, help="JSON list instead of --answer-tokens and --prompts")
     parser.add_argument("--timeout-s", type=float, default=240)
     parser.add_argument("--model-folder", type=Path, help="where the model is made, or lies from an earlier call")
     parser.add_argument("--name", help="of the run in FILE; default: geometry and GPUs")
@@ -190,8 +198,13 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     if args.steps <= args.warm_up:
         parser.error(f"--steps {args.steps} leaves none to time after --warm-up {args.warm_up}")
+    if args.lengths:
+        lengths = json.loads(args.lengths.read_text())
+        args.answer_tokens, args.prompts = max(lengths), len(lengths) // args.group
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as work:
         steps = run(args, overrides, Path(work))
+        tail = Path(work) / "tail.jsonl"
+        batches = [json.loads(line) for line in tail.read_text().splitlines()] if args.lengths else []
     timed = steps[args.warm_up :]
     result = {"name": args.name or f"{args.geometry}-{args.gpus}", "model": args.geometry, "gpus": args.gpus}
     result |= environment() | {"samples": args.prompts * args.group, "group": args.group, "steps_timed": len(timed)}
@@ -200,6 +213,10 @@ def main() -> None:
         aside = metric.replace("time/", "time/background_")  # where sampling runs beside the update
         values = [m[aside] if aside in m else m[metric] for m in timed if aside in m or metric in m]
         result[name] = statistics.median(values) if values else None
+    if args.lengths:
+        late = batches[len(batches) * args.warm_up // args.steps :]
+        result |= {"lengths": args.lengths.name}
+        result["tail_share"] = statistics.median(b["tail_s"] / b["batch_s"] for b in late)
     result["samples_per_s"] = result["samples"] / result["step_s"]
     result["first_steps_s"] = [m["time/step_s"] for m in steps[: args.warm_up]]
     result["losses"] = [m.get("loss") for m in steps]

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Regenerate the GPU results, a part at a time (each has its own time limit: one failure does not cost the rest):
 #   bash benchmarks/gpu.sh PART MODEL_FOLDER OUTPUT_FOLDER
-# PART: tests | arithmetic | engines | variants | baseline | mismatch | trl | profile | speed | speed-4b | two | recipe | node.
+# PART: tests | arithmetic | engines | variants | baseline | mismatch | trl | peers | lengths | profile | speed | speed-4b | two | recipe | node.
 # MODEL_FOLDER: SmolLM2-135M-Instruct.
-# speed-4b needs one GPU with 141 GB, two and recipe need two, node takes all there are, the others one with 80 GB.
+# speed-4b and lengths need one GPU with 141 GB, two and recipe need two, node takes all there are, the others one with 80 GB.
 set -uo pipefail
 part=$1 model=$2 out=$3
 python=${PYTHON:-python3}
@@ -48,7 +48,17 @@ profile) # of updates: SmolLM2 as on arithmetic, where about 150 of 512 answers 
         --answer-tokens 30 > "$out/profile-smollm2.txt" 2>&1
     timeout 200 "$python" benchmarks/profile_update.py qwen3-0.6b > "$out/profile-qwen3-0.6b.txt" 2>&1 ;;
 baseline) timeout 3000 "$python" benchmarks/baseline.py "$model" "$out/baseline" ;; # six runs of four minutes
-trl) timeout 590 "$python" benchmarks/compare_trl.py "$model" "$out" ;;
+trl) # the arithmetic job here and in TRL
+    "$python" benchmarks/compare.py ours "$model" "$out"
+    "$python" benchmarks/compare.py trl "$model" "$out" --micro-batch 256 ;;
+peers) # Qwen3-0.6B's geometry here, in TRL and in verl (whose packages have to be on PYTHONPATH)
+    geometry=(--geometry qwen3-0.6b --steps 6 --seconds 560)
+    "$python" benchmarks/compare.py ours "$models/qwen3-0.6b" "$out" "${geometry[@]}"
+    "$python" benchmarks/compare.py trl "$models/qwen3-0.6b" "$out" "${geometry[@]}" --micro-batch 32
+    "$python" benchmarks/compare.py verl "$models/qwen3-0.6b" "$out" "${geometry[@]}" --micro-batch 24576 ;;
+lengths) # a long tail, 64 prompts x 16; KV cache for nearly all that run at once
+    speed qwen3-1.7b qwen3-1.7b-lengths --lengths benchmarks/lengths.json --steps 3 --warm-up 1 --timeout-s 500 \
+        policy.generation.vllm_cfg.kv_cache_memory_bytes=34359738368 ;;
 speed)
     speed qwen3-0.6b qwen3-0.6b-1
     speed qwen3-1.7b qwen3-1.7b-1 ;;

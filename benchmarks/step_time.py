@@ -6,10 +6,10 @@
 Runs the real train_grpo.py on prompts of exact length, with answers cut at an exact length (a random model ends one in
 some hundred thousand tokens) and rewards by the parity of a checksum, so that nearly every group has a signal. Prints
 one JSON line, the medians over the steps after the first two (`--warm-up`), and puts it into FILE, a list of runs, in
-place of an earlier run of the same name. Efficiency, MFU and MBU are those of hardware.py. `--lengths`: a JSON list with
-the length of each response of a step instead of one for all, such as benchmarks/lengths.json: 1,024, log-normal with a
-median of 700, cut at 4,096, which 5 % reach. Then `tail_share` is the part of sampling in which an engine had at most
-5 % of its responses left. After the formulas changed
+place of an earlier run of the same name. Efficiency, MFU and MBU are those of hardware.py. `--lengths`: a JSON list
+with the length of each response of a step instead of one for all, such as benchmarks/lengths.json: 1,024, log-normal
+with a median of 700, cut at 4,096, which 5 % reach. Then `tail_share` is the part of sampling in which an engine had at
+most 5 % of its responses left. After the formulas changed
 
     python benchmarks/step_time.py recompute FILE
 
@@ -144,7 +144,10 @@ def run(args: argparse.Namespace, overrides: list[str], work: Path) -> list[dict
             *overrides,
         ]  # fmt: skip
         subprocess.run(command, check=True, cwd=work, timeout=args.timeout_s * 2)
-    return [json.loads(line) for line in (work / "logs" / "metrics.jsonl").read_text().splitlines()]
+    metrics = (work / "logs" / "metrics.jsonl").read_text()
+    if args.metrics:
+        args.metrics.write_text(metrics)
+    return [json.loads(line) for line in metrics.splitlines()]
 
 
 @cache
@@ -180,7 +183,7 @@ def recompute(path: Path) -> None:
     path.write_text(json.dumps(runs, indent=1) + "\n")
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("geometry", choices=GEOMETRIES)
     parser.add_argument("--gpus", type=int, default=1, help="0: CPU")
@@ -194,10 +197,15 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=float, default=240)
     parser.add_argument("--model-folder", type=Path, help="where the model is made, or lies from an earlier call")
     parser.add_argument("--name", help="of the run in FILE; default: geometry and GPUs")
+    parser.add_argument("--metrics", type=Path, help="where to keep the run's metrics.jsonl")
     parser.add_argument("--results", type=Path)
-    args, overrides = parser.parse_known_args()
+    return parser
+
+
+def main() -> None:
+    args, overrides = parser().parse_known_args()
     if args.steps <= args.warm_up:
-        parser.error(f"--steps {args.steps} leaves none to time after --warm-up {args.warm_up}")
+        raise SystemExit(f"error: --steps {args.steps} leaves none to time after --warm-up {args.warm_up}")
     if args.lengths:
         lengths = json.loads(args.lengths.read_text())
         args.answer_tokens, args.prompts = max(lengths), len(lengths) // args.group

@@ -1,6 +1,6 @@
 """Reward and test accuracy over seconds of training, here and in TRL: `python benchmarks/trl_plot.py FOLDER`
 
-FOLDER has what compare_trl.py wrote (compare_trl.json), the metrics of our run (trl-ours.jsonl, whose validations are
+FOLDER has what compare.py wrote (compare.json), the metrics of our run (trl-ours.jsonl, whose validations are
 the accuracy) and for models of TRL that evaluate.py scored its metrics.json as evaluation-trl-STEP.json, the step
 where both begin as evaluation-trl-0.json. Writes trl.png.
 """
@@ -22,7 +22,7 @@ from plot_run import smooth  # noqa: E402 - the scripts lie beside this folder
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    sides = json.loads((folder / "compare_trl.json").read_text())
+    sides = json.loads((folder / "compare.json").read_text())
     validations = [row for row in map(json.loads, (folder / "trl-ours.jsonl").open()) if "val:accuracy" in row]
     accuracy = {"ours": [(row.get("time/elapsed_s", 0.0), row["val:accuracy"]) for row in validations], "trl": []}
     for path in folder.glob("evaluation-trl-*.json"):

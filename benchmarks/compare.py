@@ -1,7 +1,7 @@
 """The same job in this code base, in TRL and in verl, on the same GPU one after the other:
 
     python benchmarks/compare.py ours|trl|verl MODEL_FOLDER OUTPUT_FOLDER [--geometry NAME | --recipe FILE]
-        [--data FOLDER] [--steps 60] [--seconds 400] [--micro-batch N] [--save-every STEPS]
+        [--data FOLDER] [--steps 60] [--seconds 400] [--micro-batch N] [--save-every STEPS] [--peer-path PYTHONPATH]
 
 The job: prompts, group, lengths and learning rate of a recipe, recipes/smollm2-arithmetic.yaml unless another is
 named (its rows are made here, those of another lie in `--data`); or with `--geometry` that of step_time.py: random
@@ -12,7 +12,7 @@ The peers (peer_trl.py, peer_verl.py) are set as their documentation advises for
 checkpointing, no pass that ours has not either. `--micro-batch` is in responses for TRL, in tokens for verl: give the
 largest that fits. Each side makes one optimizer step a batch, with the same loss denominator (all tokens of the batch)
 and verifier. `--seconds` ends a side, its start included; what it did by then counts. With `--save-every` TRL's models
-stay in OUTPUT_FOLDER/trl.
+stay in OUTPUT_FOLDER/trl. `--peer-path`: where the peer and its versions of other packages are, if not installed here.
 
 OUTPUT_FOLDER/compare.json gets each side's steps and the medians of them all but the first two, in place of an earlier
 run of that side. Printed: the medians of all sides that are there, and how many times as fast ours is.
@@ -91,10 +91,11 @@ def our_steps(metrics: Path) -> list[dict[str, float]]:
     ]  # fmt: skip
 
 
-def run_for(command: list[str], seconds: float, log: Path) -> str:
-    """Run a command with all that it starts for at most so long. Returns how it ended."""
+def run_for(command: list[str], seconds: float, log: Path, path: str) -> str:
+    """Run a command with all that it starts for at most so long, with this PYTHONPATH. Returns how it ended."""
+    env = os.environ | {"PYTHONPATH": path}
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     try:
         return f"exit code {process.wait(seconds)}"
     except subprocess.TimeoutExpired:
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400, help="of a side, start included")
     parser.add_argument("--micro-batch", type=int, default=16, help="TRL: responses; verl: tokens")
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="keep TRL's model every so many steps")
+    parser.add_argument("--peer-path", default=os.environ.get("PYTHONPATH", ""))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     began = time.time()
@@ -136,16 +138,17 @@ def main() -> None:
         (work / "job.json").write_text(json.dumps(job))
         peer = [sys.executable, str(ROOT / "benchmarks" / f"peer_{args.side}.py"), str(work / "job.json")]
         command = our_command(args, job, work) if args.side == "ours" else peer
-        ended = run_for(command, args.seconds, args.output / f"{args.side}.log")
+        ended = run_for(command, args.seconds, args.output / f"{args.side}.log", args.peer_path)
         print(f"{args.side}: {ended} after {time.time() - began:.0f} s", flush=True)
         if args.side == "ours":
-            steps = our_steps(work / "metrics.jsonl")
+            versions, steps = environment(), our_steps(work / "metrics.jsonl")
         else:
-            steps = [json.loads(line) for line in (work / "steps.jsonl").read_text().splitlines()]
+            written = (work / "steps.jsonl").read_text() if (work / "steps.jsonl").exists() else "{}"
+            versions, *steps = [json.loads(line) for line in written.splitlines()]
     if len(steps) <= WARM_UP:
         raise SystemExit(f"error: {len(steps)} steps are too few to time, see {args.output}/{args.side}.log")
     medians = {p: statistics.median(s[p] for s in steps[WARM_UP:]) for p in PHASES if p in steps[0]}
-    side = {"ended": ended, **medians, **environment(("torch", "vllm", "ray", "transformers", "trl", "verl"))}
+    side = {"ended": ended, **medians, **versions}
     side |= {"job": args.geometry or args.recipe.name, "steps": steps}
     side |= {} if args.side == "ours" else {"micro_batch": args.micro_batch}
     path = args.output / "compare.json"

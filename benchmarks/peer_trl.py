@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 from benchmarks.coin import coin  # noqa: E402 - the scripts lie beside this folder
+from benchmarks.environment import environment  # noqa: E402
 from reward_server import verify  # noqa: E402
 
 JOB = json.loads(Path(sys.argv[1]).read_text())
@@ -69,6 +70,9 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
+    with open(JOB["steps_file"], "a") as file:
+        versions = environment(("torch", "vllm", "transformers", "trl", "accelerate", "liger-kernel"))
+        file.write(json.dumps(versions) + "\n")
     with open(JOB["rows"]) as file:
         lines = [json.loads(line) for line in file]
     prompts = [line["responses_create_params"]["input"] for line in lines]

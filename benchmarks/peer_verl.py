@@ -36,10 +36,13 @@ if "verl.trainer.ppo.v1.replay_buffer" in sys.modules:
 def reward(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **_: Any) -> float:
     """verl's reward function: our verifier, or a coin."""
     sys.path[:0] = [str(HERE.parent)]
-    from benchmarks.coin import coin
+    if JOB["coin"]:
+        from benchmarks.coin import coin
+
+        return coin(solution_str, {})
     from reward_server import verify
 
-    return coin(solution_str, {}) if JOB["coin"] else verify(solution_str, ground_truth).reward
+    return verify(solution_str, ground_truth).reward
 
 
 def settings(job: dict, data: Path) -> list[str]:
@@ -108,6 +111,8 @@ def steps_of(metrics: Path) -> list[dict[str, float]]:
 
 
 def main() -> None:
+    from environment import environment  # beside this file
+
     job = json.loads(Path(sys.argv[1]).read_text())
     data = Path(tempfile.mkdtemp(dir=Path(sys.argv[1]).parent))
     write_rows(job, data / "train.parquet")
@@ -120,6 +125,8 @@ def main() -> None:
     process = subprocess.Popen([sys.executable, "-m", "verl.trainer.main_ppo", *settings(job, data)], env=env, cwd=data)
     ended: list[float] = []  # when each step was logged: what its user waits, from one end to the next
     with open(job["steps_file"], "a") as file:
+        versions = environment(("torch", "vllm", "ray", "transformers", "verl", "liger-kernel", "tensordict"))
+        file.write(json.dumps(versions) + "\n")
         while process.poll() is None and len(ended) < job["steps"]:
             for step in steps_of(metrics)[len(ended) :]:
                 ended.append(time.monotonic())

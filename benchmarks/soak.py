@@ -68,7 +68,7 @@ def run(folder: Path, steps: int, every: int | None, seed: int) -> tuple[Memory,
     rng, memory, faults = random.Random(seed), defaultdict(dict), Counter()
     command = [sys.executable, ROOT / "train_grpo.py", "--config", ROOT / "recipes" / "quickstart.yaml"]
     command += [f"logger.log_dir={folder}/logs", f"checkpointing.checkpoint_dir={folder}/checkpoints"]
-    command += [f"grpo.max_num_steps={steps}", "grpo.max_num_epochs=1000", "env.reward_timeout_s=5"]
+    command += [f"grpo.max_num_steps={steps}", "grpo.max_num_epochs=1000", "env.reward_timeout_s=15"]
     with (folder / "console.txt").open("w") as out:
         started = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
     process, seen, due = psutil.Process(started.pid), 0, every or steps + 1

@@ -1,6 +1,6 @@
 """Fixtures: tiny random models made by the quickstart's own script, and configurations that run them."""
 
-import dataclasses
+import copy
 import gc
 import hashlib
 import json
@@ -143,12 +143,12 @@ def started(forks, base, tmp_path_factory) -> Iterator[tuple[Any, Path]]:
     import ray
 
     from config import load_config
-    from train_grpo import start
+    from train_grpo import Run
 
     folder = tmp_path_factory.mktemp("started")
     folders = [f"logger.log_dir={folder}", f"checkpointing.checkpoint_dir={folder}/checkpoints"]
     room = ["policy.max_total_sequence_length=256", "policy.sequence_packing.train_mb_tokens=8192"]
-    run = start(load_config(RECIPE, [*base, *folders, *room, "loss_fn.reference_policy_kl_penalty=0.001"]))
+    run = Run(load_config(RECIPE, [*base, *folders, *room, "loss_fn.reference_policy_kl_penalty=0.001"]))
     (folder / "state").mkdir()
     run.policy.save(folder / "state", lambda: None)
     assert {error for error, _ in run.policy.wait_saved()} == {None}
@@ -162,7 +162,7 @@ def begin(started, base, tmp_path):
     """The run from its beginning, with other settings of what happens in the driver, or another learning rate."""
     import ray
 
-    from checkpoint import Position
+    from checkpoint import Checkpoints
     from config import load_config
     from logger import Logger
 
@@ -176,8 +176,10 @@ def begin(started, base, tmp_path):
         run.engines.refit()
         batches = run.rows.number_of_batches(cfg.grpo.num_prompts_per_step, cfg.grpo.max_num_epochs)
         steps = min(cfg.grpo.max_num_steps, batches)
-        fresh = {"finished": Position(), "batches_drawn": 0, "exceeded": {}, "learned": False}
-        return dataclasses.replace(run, cfg=cfg, log=Logger(cfg), num_batches=batches, last_step=steps, **fresh)
+        begun = copy.copy(run)
+        begun.cfg, begun.log, begun.checkpoints = cfg, Logger(cfg), Checkpoints(cfg)
+        begun.num_batches, begun.last_step, begun.learned = batches, steps, False
+        return begun
 
     return with_settings
 

@@ -307,7 +307,7 @@ class Episodes:
         while True:
             await engine.work.wait()
             new, engine.new = engine.new, []
-            call = engine.worker.advance.remote(new, self.stop_token_ids, self.policy.generation.temperature)
+            call = engine.worker.advance.remote(new, self.stop_token_ids)
             try:
                 groups = await asyncio.wait_for(call, self.timeout_s)
             except TimeoutError:

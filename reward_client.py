@@ -7,6 +7,7 @@ server refuses a request (HTTP 4xx), the run ends with what the server said.
 """
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -151,11 +152,8 @@ class RewardClient:
         deadline = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < deadline and self.process.poll() is None:
             output = self.log_path.read_bytes()[already:].decode(errors="replace")
-            banner = [
-                line for line in output.splitlines(keepends=True) if line.startswith(BANNER) and line.endswith("\n")
-            ]
-            if banner:
-                self.url = banner[0].removeprefix(BANNER).strip()
+            if banner := re.search(f"^{BANNER}(.*)\n", output, re.MULTILINE):
+                self.url = banner[1]
                 return
             time.sleep(0.02)
         self.process.kill()

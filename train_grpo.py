@@ -441,14 +441,11 @@ class Run:
         self.learned = step > 0  # whether any step had a gradient; of steps before this command that is assumed
         self.background = ThreadPoolExecutor(1)
         self.ahead: Future | None = None  # the next step's batch, if it is drawn in the background
-        self.rewards: RewardClient | None = None  # None where episodes bring their rewards along
-        self.episodes: Any = None  # gym.Episodes, or None for single responses
         with self.log.phase("start"), self.stop.interruptible(), ExitStack() as on_error:
-            task = "episode"
-            if not cfg.env.plays_episodes:
-                self.rewards = RewardClient(cfg.env, cfg.logger.log_dir)
-                on_error.callback(self.rewards.close)
-                task = "any" if self.rewards.is_gym else "math"
+            # Episodes bring their rewards along.
+            self.rewards = None if cfg.env.plays_episodes else RewardClient(cfg.env, cfg.logger.log_dir)
+            on_error.callback(lambda: self.rewards and self.rewards.close())
+            task = "episode" if not self.rewards else "any" if self.rewards.is_gym else "math"
             # Rows are read before Ray starts, so that a bad one costs seconds.
             read = partial(Rows, tokenizer=self.tokenizer, max_length=cfg.policy.max_total_sequence_length, task=task)
             self.rows = read(data.train_jsonl_fpath)
@@ -463,13 +460,14 @@ class Run:
             for line in memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK):
                 print(line, flush=True)
             loading = self.policy.start() + self.engines.start()  # in the background
+            self.episodes: Any = None
             if cfg.env.plays_episodes:
                 from gym import Episodes  # only here, since the import takes half a second
 
                 self.episodes = Episodes(cfg, self.tokenizer, self.stop_token_ids, self.engines.workers)
             ray.get(loading, timeout=cfg.cluster.timeout_s)
             self.checkpoints.restore(self.policy)
-            self.engines.connect(self.policy.workers)
+            self.engines.policy = self.policy.workers
             self.engines.refit()
             check_refit(cfg.policy, self.policy, self.engines, len(self.tokenizer))
             on_error.pop_all()

@@ -89,7 +89,7 @@ class Checkpoints:
     def restore(self, policy: Policy) -> None:
         """Load weights, optimizer and random state of the newest checkpoint, if there is one."""
         if newest := self.last_saved():
-            policy.load((newest / "training_state").resolve())
+            policy.all("load", str((newest / "training_state").resolve()))
             print(f"continuing after step {self.position.step} from '{newest}'", flush=True)
 
     def save(self, policy: Policy) -> None:
@@ -110,7 +110,7 @@ class Checkpoints:
         except OSError as e:
             raise self._failed(position.step, e) from None
         template = Path(self.cfg.data.chat_template).read_text() if self.cfg.data.chat_template else None
-        policy.save(unfinished, partial(publish, unfinished, self.cfg.checkpointing, template))
+        policy.all("save", str(unfinished), partial(publish, unfinished, self.cfg.checkpointing, template))
         self.saved_step = position.step
 
     @contextmanager
@@ -137,7 +137,7 @@ class Checkpoints:
 
     def wait(self, policy: Policy) -> None:
         """Wait until the save in progress, if any, is complete. Raises RunError if it failed."""
-        for error, seconds in policy.wait_saved():
+        for error, seconds in policy.all("wait_saved"):
             self.seconds = max(self.seconds, seconds)
             if error:
                 raise self._failed(self.saved_step, error)

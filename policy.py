@@ -425,17 +425,6 @@ class Policy(Actors):
             merged |= part
         return [merged[i] for i in range(len(batch))]
 
-    def save(self, folder: str | Path, publish: Callable[[], None]) -> None:
-        """Copy the state and start writing it to `folder`; `publish` runs (on rank 0) when all is written."""
-        self.all("save", str(folder), publish)
-
-    def wait_saved(self) -> list[tuple[str | None, float]]:
-        """Wait for the write in progress, if any; returns each rank's error (None: none) and seconds."""
-        return self.all("wait_saved")
-
-    def load(self, folder: str | Path) -> None:
-        self.all("load", str(folder))
-
     def memory(self) -> dict[str, float]:
         found = self.all("memory")
         return {k: max(f[k] for f in found) for k in found[0]}

@@ -150,8 +150,8 @@ def started(forks, base, tmp_path_factory) -> Iterator[tuple[Any, Path]]:
     room = ["policy.max_total_sequence_length=256", "policy.sequence_packing.train_mb_tokens=8192"]
     run = Run(load_config(RECIPE, [*base, *folders, *room, "loss_fn.reference_policy_kl_penalty=0.001"]))
     (folder / "state").mkdir()
-    run.policy.save(folder / "state", lambda: None)
-    assert {error for error, _ in run.policy.wait_saved()} == {None}
+    run.policy.all("save", str(folder / "state"), lambda: None)
+    assert {error for error, _ in run.policy.all("wait_saved")} == {None}
     yield run, folder / "state" / "training_state"
     run.rewards.close()
     ray.shutdown()
@@ -172,7 +172,7 @@ def begin(started, base, tmp_path):
         cfg = load_config(RECIPE, [*base, f"logger.log_dir={tmp_path}/logs", *overrides])
         lr, rank = cfg.policy.optimizer.lr, run.policy.workers[0]
         ray.get(rank.__ray_call__.remote(lambda actor: setattr(actor.cfg.optimizer, "lr", lr)), timeout=60)
-        run.policy.load(state)
+        run.policy.all("load", str(state))
         run.engines.refit()
         batches = run.rows.number_of_batches(cfg.grpo.num_prompts_per_step, cfg.grpo.max_num_epochs)
         steps = min(cfg.grpo.max_num_steps, batches)
@@ -250,8 +250,8 @@ def weights(run: Any, folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     folder.mkdir()
-    run.policy.save(folder, lambda: None)
-    run.policy.wait_saved()
+    run.policy.all("save", str(folder), lambda: None)
+    run.policy.all("wait_saved")
     return load_file(folder / "model.safetensors")
 
 

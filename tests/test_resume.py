@@ -383,8 +383,7 @@ class InProcess:
     """One rank as the Policy that Checkpoints talks to, without Ray between."""
 
     def __init__(self, worker: PolicyWorker):
-        self.save, self.load = (lambda folder, done: worker.save(str(folder), done)), worker.load
-        self.wait_saved = lambda: [worker.wait_saved()]
+        self.all = lambda method, *args: [getattr(worker, method)(*args)]
 
 
 def start_worker(cfg, rank: int, world_size: int, address: str) -> PolicyWorker:

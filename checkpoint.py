@@ -15,7 +15,8 @@ import math
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader
 
 from config import KEYS, Checkpointing, Config, ConfigError
-from launch import RunError, lock_folder
+from launch import RunError, Stopped, lock_folder
 from policy import Policy
 from rows import contents
 
@@ -69,7 +70,8 @@ class Checkpoints:
         folder, if the newest checkpoint is damaged, or if data or configuration differ from those of the checkpoint.
         """
         self.cfg, self.dir = cfg, Path(cfg.checkpointing.checkpoint_dir)
-        self.position, self.wandb_id, self.newest = Position(), None, None
+        self.position = Position()  # after the last finished step; the loop sets it
+        self.wandb_id: str | None = None  # of the run that this one continues, then of this run
         self.saved_step = 0
         self.seconds = 0.0  # the longest that a save took, from its start until it was complete
         if not cfg.checkpointing.enabled:
@@ -79,24 +81,25 @@ class Checkpoints:
             remove(unfinished)
         self.settings = settings(cfg)
         if complete := steps_in(self.dir):
-            self.newest = complete[max(complete)]
-            self.position, saved = read_checkpoint(self.newest)
-            check_compatible(self.settings, saved, self.newest, cfg.world_size)
+            newest = complete[max(complete)]
+            self.position, saved = read_checkpoint(newest)
+            check_compatible(self.settings, saved, newest, cfg.world_size)
             self.wandb_id, self.saved_step = saved["wandb_id"], self.position.step
 
     def restore(self, policy: Policy) -> None:
         """Load weights, optimizer and random state of the newest checkpoint, if there is one."""
-        if self.newest:
-            policy.load((self.newest / "training_state").resolve())
-            print(f"continuing after step {self.position.step} from '{self.newest}'", flush=True)
+        if newest := self.last_saved():
+            policy.all("load", str((newest / "training_state").resolve()))
+            print(f"continuing after step {self.position.step} from '{newest}'", flush=True)
 
-    def save(self, policy: Policy, position: Position, wandb_id: str | None) -> None:
+    def save(self, policy: Policy) -> None:
         """Copy the state to host memory and start writing step_N; returns while it is being written."""
         self.wait(policy)
+        position = self.position
         unfinished = (self.dir / f"tmp_step_{position.step}").resolve()
         run = {
             "position": dataclasses.asdict(position),
-            "wandb_id": wandb_id,
+            "wandb_id": self.wandb_id,
             "world_size": self.cfg.world_size,
             "settings": self.settings,
         }
@@ -107,16 +110,26 @@ class Checkpoints:
         except OSError as e:
             raise self._failed(position.step, e) from None
         template = Path(self.cfg.data.chat_template).read_text() if self.cfg.data.chat_template else None
-        policy.save(unfinished, partial(publish, unfinished, self.cfg.checkpointing, template))
+        policy.all("save", str(unfinished), partial(publish, unfinished, self.cfg.checkpointing, template))
         self.saved_step = position.step
 
-    def save_unsaved(self, policy: Policy, position: Position, wandb_id: str | None) -> None:
-        """Save `position` unless that has been done, and wait until everything is written."""
-        if self.cfg.checkpointing.enabled and position.step > self.saved_step:
-            self.save(policy, position, wandb_id)
-        self.wait(policy)
-        if self.saved_step:
-            print(f" • saved: '{self.last_saved()}'", flush=True)
+    @contextmanager
+    def complete_at_the_end(self, policy: Policy) -> Iterator[None]:
+        """At the end of this the save in progress is complete. If a stop ends it, the last finished step is saved."""
+        try:
+            yield
+            self.wait(policy)
+        except Stopped:
+            if self.cfg.checkpointing.enabled and self.position.step > self.saved_step:
+                self.save(policy)
+            self.wait(policy)
+            if self.saved_step:
+                print(f" • saved: '{self.last_saved()}'", flush=True)
+            raise
+        except Exception:
+            with suppress(Exception):
+                self.wait(policy)
+            raise
 
     def last_saved(self) -> Path | None:
         """The newest checkpoint, or None."""
@@ -124,7 +137,7 @@ class Checkpoints:
 
     def wait(self, policy: Policy) -> None:
         """Wait until the save in progress, if any, is complete. Raises RunError if it failed."""
-        for error, seconds in policy.wait_saved():
+        for error, seconds in policy.all("wait_saved"):
             self.seconds = max(self.seconds, seconds)
             if error:
                 raise self._failed(self.saved_step, error)

@@ -236,8 +236,8 @@ def play(
             part = rows[start : start + ROWS_AT_A_TIME]
             played = [data.rows[row] for row in part]
             found = engines.surviving(partial(episodes.play, played, args.k, args.seed + start, lambda: None))
-            for i, e in enumerate(found):
-                answer = {"row": part[i // args.k], "text": tokenizer.decode(e.response_ids), "truncated": e.truncated}
+            for e in found:
+                answer = {"row": part[e.prompt], "text": e.text, "truncated": e.truncated}
                 yield [answer | {"reward": e.reward, "status": e.status, "extracted_answer": None}]
     finally:
         episodes.close()

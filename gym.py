@@ -27,7 +27,7 @@ from aiohttp import web
 
 from config import Config, ConfigError
 from launch import RunError
-from reward_client import checked_gym
+from reward_client import Sample, checked_gym
 from verifier_pool import load_verifier
 
 CALLS_IN_FLIGHT = 2  # to each engine, so that it samples while the driver reads the last call's result
@@ -35,25 +35,11 @@ CHANGES_SAMPLING = ("stop", "response_format", "logit_bias", "min_tokens")  # of
 MARK = "\0the model's turn\0"
 
 
-@dataclass
-class Episode:
-    """A sequence of several turns. The arrays have one entry per response token."""
-
-    prompt_ids: np.ndarray
-    response_ids: np.ndarray
-    rollout_logprobs: np.ndarray  # 0 where the model did not make the token
-    mask: np.ndarray  # True where it did
-    truncated: bool  # the model's last turn was cut off
-    reward: float
-    status: str
-    turns: int
-    tool_calls: int
-
-
-def read_episode(items: list[dict[str, Any]], verdict: dict[str, Any], stop_token_ids: list[int]) -> Episode:
+def read_episode(items: list[dict[str, Any]], verdict: dict[str, Any], stop_token_ids: list[int]) -> Sample:
     """Join an episode's items to one sequence. The last item of each call of the model has the call's token ids.
 
-    Raises RuntimeError if no item has token ids, or if a call's prompt does not begin with all earlier tokens.
+    The caller fills in prompt and text. Raises RuntimeError if no item has token ids, or if a call's prompt does not
+    begin with all earlier tokens.
     """
     calls = [item for item in items if item.get("generation_token_ids")]
     if not calls:
@@ -69,12 +55,14 @@ def read_episode(items: list[dict[str, Any]], verdict: dict[str, Any], stop_toke
         ids = prompt + made
         logprobs += [0.0] * others + call["generation_log_probs"]
         mask += [False] * others + [True] * len(made)
-    return Episode(
+    return Sample(
+        prompt=0,
         prompt_ids=np.array(ids[:start], dtype=np.int64),
         response_ids=np.array(ids[start:], dtype=np.int64),
-        rollout_logprobs=np.array(logprobs, dtype=np.float32),
+        rollout_logprobs=np.array(logprobs, dtype=np.float32),  # 0 where the model did not make the token
         mask=np.array(mask, dtype=bool),
-        truncated=ids[-1] not in stop_token_ids,
+        truncated=ids[-1] not in stop_token_ids,  # the model's last turn was cut off
+        text="",
         reward=verdict["reward"],
         status=verdict["status"],
         turns=len(calls),
@@ -82,8 +70,10 @@ def read_episode(items: list[dict[str, Any]], verdict: dict[str, Any], stop_toke
     )
 
 
-# Takes the place of an episode that cannot be trained on; the trainer masks and counts it.
-LOST = Episode(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, bool), False, 0.0, "lost", 0, 0)
+def lost(prompt: int) -> Sample:
+    """Takes the place of an episode that cannot be trained on; the trainer masks and counts it."""
+    none = np.zeros(0, dtype=np.int64)
+    return Sample(prompt, none, none, none.astype(np.float32), False, "", 0.0, "lost", none.astype(bool), turns=0)
 
 
 def plain(message: dict[str, Any]) -> dict[str, Any]:
@@ -196,18 +186,18 @@ class Episodes:
 
     # ---- a batch of episodes
 
-    def play(self, rows: list[dict[str, Any]], n: int, seed: int, progress: Callable[[], Any]) -> list[Episode]:
-        """`n` episodes of each row, ordered by row; a lost episode is LOST. `progress` is called after each.
+    def play(self, rows: list[dict[str, Any]], n: int, seed: int, progress: Callable[[], Any]) -> list[Sample]:
+        """`n` episodes of each row, ordered by row, the lost ones too (see `lost`). `progress` is called after each.
 
         Raises RunError if Gym refuses a row, and whatever an engine raises.
         """
         return self._in_loop(self._play(rows, n, seed, progress))
 
-    async def _play(self, rows: list[dict[str, Any]], n: int, seed: int, progress: Callable[[], Any]) -> list[Episode]:
+    async def _play(self, rows: list[dict[str, Any]], n: int, seed: int, progress: Callable[[], Any]) -> list[Sample]:
         first_seed = seed * len(self.workers)
         await asyncio.gather(*(w.start_batch.remote(first_seed + i) for i, w in enumerate(self.workers)))
         self.engines, self.homes, self.reasons = [Engine(w) for w in self.workers], defaultdict(list), []
-        tasks = [asyncio.create_task(self._episode(row)) for row in rows for _ in range(n)]
+        tasks = [asyncio.create_task(self._episode(i, row)) for i, row in enumerate(rows) for _ in range(n)]
         for task in tasks:
             task.add_done_callback(lambda _: progress())
         driving = [asyncio.create_task(self._drive(e)) for e in self.engines for _ in range(CALLS_IN_FLIGHT)]
@@ -224,12 +214,13 @@ class Episodes:
             if self.reasons:
                 print(f" • {len(self.reasons)} of {len(tasks)} episodes lost; one: {self.reasons[0]}", file=sys.stderr)
 
-    async def _episode(self, row: dict[str, Any]) -> Episode:
+    async def _episode(self, prompt: int, row: dict[str, Any]) -> Sample:
         try:
             play = self._in_gym(row) if self.cfg.gym_url else self.function(self, row)
             items, reply = await asyncio.wait_for(play, self.cfg.episode_timeout_s)
             reply = reply if self.cfg.gym_url else {"reward": reply}
             found = read_episode(items, checked_gym(reply), self.stop_token_ids)
+            found.prompt, found.text = prompt, self.tokenizer.decode(found.response_ids)
             found.truncated |= bool(reply.get("response", {}).get("incomplete_details"))  # no room for another turn
             return found
         except RunError:
@@ -237,7 +228,7 @@ class Episodes:
         except Exception as e:  # whatever becomes of an episode, the others go on
             late = f"not over within env.episode_timeout_s={self.cfg.episode_timeout_s:.0f}"
             self.reasons.append(late if isinstance(e, TimeoutError) else f"{type(e).__name__}: {str(e)[:300]}")
-            return LOST
+            return lost(prompt)
 
     async def _in_gym(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The items and the verdict of an episode in Gym."""
@@ -316,7 +307,7 @@ class Episodes:
         while True:
             await engine.work.wait()
             new, engine.new = engine.new, []
-            call = engine.worker.advance.remote(new, self.stop_token_ids, self.policy.generation.temperature)
+            call = engine.worker.advance.remote(new, self.stop_token_ids)
             try:
                 groups = await asyncio.wait_for(call, self.timeout_s)
             except TimeoutError:

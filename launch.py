@@ -161,9 +161,12 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for ten minutes
             ray.init(address=address, **options)
         else:
+            # ray.init has no options to leave out what takes seconds and is not used here: the dashboard's server, the
+            # autoscaler, the log forwarder, and one Python process for each CPU.
+            Node.start_api_server = Node.start_monitor = Node.start_log_monitor = lambda *_, **__: None
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             # "local" never joins a Ray that an earlier `ray start` left running.
             options |= {"num_cpus": cfg.num_bundles, "include_dashboard": False, "logging_level": "error"}
-            start_only_what_is_used()
             ray.init(address="local", **options)
     except (OSError, RuntimeError, ValueError) as e:
         where = f"at RAY_ADDRESS={address}: start it there, or unset RAY_ADDRESS" if address else "on this machine"
@@ -179,15 +182,6 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
             f"Free now: { {k: v for k, v in ray.available_resources().items() if k in bundle} }"
         )
     return placement
-
-
-def start_only_what_is_used() -> None:
-    """Keep `ray.init` from starting what takes seconds and is not used here, for which it has no options.
-
-    These are the dashboard's server, the autoscaler, the log forwarder, and one Python process for each CPU.
-    """
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    Node.start_api_server = Node.start_monitor = Node.start_log_monitor = lambda *_, **__: None
 
 
 def nodes_with(bundle: dict[str, int], ranks: int, cfg: Config) -> list[str]:
@@ -215,18 +209,17 @@ class Actors:
         placement: Any,
         bundles: list[int],
         gpus: float,
-        gpu_env: dict[str, str],
-        cpu_env: dict[str, str],
+        env: dict[str, str],
     ):
         """Start an actor of class `worker` in each of `bundles`, with its `arguments` and, on GPUs, `gpus` of one.
 
-        `gpu_env`, `cpu_env`: their environment variables on either device. On a CPU each gets a share of the cores.
+        `env`: their environment variables. On a CPU each gets a share of the cores.
         """
         self.timeout_s, self.on_gpu = cfg.cluster.timeout_s, cfg.device == "cuda"
         threads = str(max(1, (os.cpu_count() or 1) // cfg.cluster.cpu_ranks_per_node))
-        cpu_env |= {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         # Threads that spin while they wait make a step eight times as long as soon as anything else runs here.
-        cpu_env |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+        passive = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+        on_cpu = {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind", **passive}
         actor = ray.remote(worker)
 
         def start(bundle: int, given: tuple) -> Any:
@@ -234,7 +227,7 @@ class Actors:
                 num_cpus=0,
                 num_gpus=gpus if self.on_gpu else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle),
-                runtime_env={"env_vars": gpu_env if self.on_gpu else cpu_env},
+                runtime_env={"env_vars": env if self.on_gpu else env | on_cpu},
             ).remote(*given)
 
         self.starters = [partial(start, *each) for each in zip(bundles, arguments, strict=True)]

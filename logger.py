@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ import psutil
 from tqdm import tqdm
 
 from config import Config, ConfigError
-from launch import lock_folder
+from launch import RunError, lock_folder
 
 GROUPS = {"val:": "validation", "time/": "timing", "": "train"}  # a metric's group, by how its name begins
 PERFORMANCE = (  # metrics of the group "performance"
@@ -173,11 +174,16 @@ class Logger:
             self.rollouts_file.write(self._row(s, split))
         self.rollouts_file.flush()
 
-    def save_failed_step(self, samples: list[Any]) -> Path:
-        """Write all samples of a failed step, for inspection; returns the file."""
+    def stop_if_not_finite(self, metrics: dict[str, float], samples: list[Any]) -> None:
+        """Raise RunError if the loss or the gradient's norm is not finite, after writing all samples of the step."""
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            return
         path = self.dir / f"failed_step_{self.step}.jsonl"
         path.write_text("".join(self._row(s, "train") for s in samples))
-        return path
+        raise RunError(
+            f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {self.step}: not finite; the "
+            f"weights were not changed by it, {f'its answers are in {path}, ' if samples else ''}checkpoints are intact"
+        )
 
     def _row(self, sample: Any, split: str) -> str:
         values = {name: v.tolist() if hasattr(v, "tolist") else v for name, v in vars(sample).items()}

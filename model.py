@@ -345,7 +345,10 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """float32 [T, V]. The vocabulary's size is marked as fixed, which makes the compiled functions faster."""
-        logits_TV = float32_product(hidden, weight.t())
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            logits_TV = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        else:
+            logits_TV = hidden.float() @ weight.t().float()
         torch._dynamo.mark_static(logits_TV, 1)
         return logits_TV
 
@@ -362,13 +365,6 @@ def token_entropy(hidden: torch.Tensor, weight: torch.Tensor, temperature: float
 
     parts = [hidden[part] for part in TokenLogprobs.chunks(len(hidden))]
     return torch.cat([checkpoint(of_chunk, part, use_reentrant=False) for part in parts])
-
-
-def float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with float32 sums and float32 result."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 def add_float32_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

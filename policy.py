@@ -33,6 +33,9 @@ from refit import WeightSender, full
 
 WARM_UP_TOKENS = 2048  # like a real batch: torch.compile tunes sums over tokens for the first number of tokens it sees
 SCALE_STEPS = 2000  # float16: the loss scale doubles after so many steps without an overflow, as in torch's GradScaler
+# How metrics are combined, of two micro-batches and over ranks: by the end of their names, or else as sums.
+EXTREMA = {"_min": (torch.minimum, dist.ReduceOp.MIN), "_max": (torch.maximum, dist.ReduceOp.MAX)}
+SUM = (torch.add, dist.ReduceOp.SUM)
 STEP_FACTS = ("loss", "grad_norm", "lr", "micro_batches", "loss_scale")  # metrics that are no means over tokens
 
 # ---------------------------------------------------------------- one rank
@@ -72,8 +75,8 @@ class PolicyWorker(WeightSender):
             s.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
 
-    def setup(self, address: str) -> int:
-        """Join the process group and load the model. Returns the number of parameters."""
+    def setup(self, address: str) -> None:
+        """Join the process group and load the model."""
         tp, timeout = self.cfg.dtensor_cfg.tensor_parallel_size, timedelta(seconds=self.timeout_s)
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
@@ -100,7 +103,6 @@ class PolicyWorker(WeightSender):
             self.optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **moments}
         self.offer_weights(tensors_of(self.model.lm))  # with buffers, in which an engine has random numbers
         self.reference = [w.cpu().clone() for w in self.local_weights()] if self.keep_reference else []
-        return sum(w.numel() for w in self.weights)
 
     def warm_up(self, tokens: int) -> None:
         """Run all of an update but its optimizer step on made-up sequences, and a pass without gradient.
@@ -150,7 +152,11 @@ class PolicyWorker(WeightSender):
         STEP_FACTS. If the gradient is not finite, `grad_norm` says so and the weights stay as they were. Rank 0 writes
         a profile of the step to `trace`.
         """
-        with profiled(trace if self.rank == 0 else None):
+
+        def export(profile: torch.profiler.profile) -> None:
+            profile.export_chrome_trace(trace)
+
+        with torch.profiler.profile(on_trace_ready=export) if trace and self.rank == 0 else nullcontext():
             micro_batches = [batch.take(indices) for indices in self._micro_batches(batch)]
             while True:
                 totals = self._gradients(micro_batches, loss_fn, loss_kwargs, with_entropy)
@@ -269,7 +275,10 @@ class PolicyWorker(WeightSender):
         for shard, (name, w) in zip(self.shards, self.model.named_parameters(), strict=True):
             state[f"weight.{name}"] = w.detach()
             for key, value in self.optimizer.state[shard].items():
-                state[f"{key}.{name}"] = value if key == "step" else sharded_like(w, value)
+                if key != "step":  # sharded like its weight
+                    like = {"shape": w.shape, "stride": w.stride()}
+                    value = DTensor.from_local(value, w.device_mesh, w.placements, run_check=False, **like)
+                state[f"{key}.{name}"] = value
         return state
 
     def save(self, folder: str, publish: Callable[[], None]) -> None:
@@ -332,49 +341,25 @@ class PolicyWorker(WeightSender):
                 self.optimizer.state[shard][key].copy_(state[f"{key}.{name}"].to_local())
 
 
-@contextmanager
-def profiled(path: str | None) -> Iterator[None]:
-    """Write a trace of what happens within to `path`; None: no trace."""
-    if path is None:
-        yield
-        return
-    with torch.profiler.profile() as profile:
-        yield
-    profile.export_chrome_trace(path)
-
-
 def merge_metrics(totals: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> None:
     """Add `new` into `totals`: extrema for names ending in _min or _max, sums for all others. No host sync."""
     for name, value in new.items():
-        if name not in totals:
-            totals[name] = value.detach()
-        elif name.endswith("_min"):
-            totals[name] = torch.minimum(totals[name], value.detach())
-        elif name.endswith("_max"):
-            totals[name] = torch.maximum(totals[name], value.detach())
-        else:
-            totals[name] = totals[name] + value.detach()
+        combine, _ = EXTREMA.get(name[-4:], SUM)
+        totals[name] = combine(totals[name], value.detach()) if name in totals else value.detach()
 
 
 def reduce_metrics(totals: dict[str, torch.Tensor], group: Any) -> dict[str, float]:
     """Combine metrics over ranks: extrema and sums, with one collective and one host sync for each of the three."""
     result = {}
-    ops = {"_min": dist.ReduceOp.MIN, "_max": dist.ReduceOp.MAX, "": dist.ReduceOp.SUM}
     for name, value in totals.items():
         assert value.ndim == 0, f"metric {name} is not a scalar"
-    for suffix, op in ops.items():
-        names = [n for n in totals if (n[-4:] if n[-4:] in ("_min", "_max") else "") == suffix]
+    for kind in (*EXTREMA.values(), SUM):
+        names = [name for name in totals if EXTREMA.get(name[-4:], SUM) is kind]
         if names:
-            stacked = torch.stack([totals[n].double() for n in names])
-            dist.all_reduce(stacked, op=op, group=group)
+            stacked = torch.stack([totals[name].double() for name in names])
+            dist.all_reduce(stacked, op=kind[1], group=group)
             result |= dict(zip(names, stacked.tolist(), strict=True))
     return result
-
-
-def sharded_like(weight: DTensor, shard: torch.Tensor) -> DTensor:
-    """A tensor that is split over the ranks like `weight`, and of which this rank has `shard`."""
-    mesh, placements = weight.device_mesh, weight.placements
-    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
 def clip_gradients(weights: list[nn.Parameter], max_norm: float | None, loss_scale: float = 1.0) -> torch.Tensor:
@@ -411,7 +396,7 @@ class Policy(Actors):
         share = 0.5 if cfg.policy.generation.colocated.enabled else 1.0
         # This fusion in torch.compile guards on the number of tokens: some micro-batches would compile layers again.
         env = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"}
-        super().__init__(PolicyWorker, arguments, cfg, placement, cfg.policy_bundles, share, gpu_env=env, cpu_env={})
+        super().__init__(PolicyWorker, arguments, cfg, placement, cfg.policy_bundles, share, env)
         self._loss_fn: Callable | None = None
         self._loss_ref: ray.ObjectRef | None = None
 
@@ -439,17 +424,6 @@ class Policy(Actors):
         for part in self.all("logprobs", ray.put(batch), reference):
             merged |= part
         return [merged[i] for i in range(len(batch))]
-
-    def save(self, folder: str | Path, publish: Callable[[], None]) -> None:
-        """Copy the state and start writing it to `folder`; `publish` runs (on rank 0) when all is written."""
-        self.all("save", str(folder), publish)
-
-    def wait_saved(self) -> list[tuple[str | None, float]]:
-        """Wait for the write in progress, if any; returns each rank's error (None: none) and seconds."""
-        return self.all("wait_saved")
-
-    def load(self, folder: str | Path) -> None:
-        self.all("load", str(folder))
 
     def memory(self) -> dict[str, float]:
         found = self.all("memory")

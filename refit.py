@@ -26,19 +26,6 @@ Route = Literal["ipc", "object store", "broadcast"]
 Buckets = list[list[tuple[str, torch.Size]]]  # for each bucket the (Hugging Face name, shape) of its weights
 
 
-def split_into_buckets(weights: dict[str, torch.Tensor], itemsize: int) -> Buckets:
-    """Group weights, in their order, into buckets of about BUCKET_BYTES. `itemsize`: bytes of a number on its way."""
-    buckets: Buckets = [[]]
-    size = 0
-    for name, weight in weights.items():
-        if size >= BUCKET_BYTES:
-            buckets.append([])
-            size = 0
-        buckets[-1].append((name, weight.shape))
-        size += weight.numel() * itemsize
-    return buckets
-
-
 def full(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The whole of a weight. If it is sharded, all ranks must call this, and its shards travel as `dtype`."""
     weight = weight.detach()
@@ -96,8 +83,14 @@ class WeightSender(Refitting):
     rank: int
 
     def offer_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Set the weights that can be sent, by Hugging Face name, sharded or not."""
-        self.offered, self.buckets = weights, split_into_buckets(weights, self.dtype.itemsize)
+        """Set the weights that can be sent, by Hugging Face name, sharded or not, in buckets of about BUCKET_BYTES."""
+        self.offered, self.buckets, size = weights, [[]], 0
+        for name, weight in weights.items():
+            if size >= BUCKET_BYTES:
+                self.buckets.append([])
+                size = 0
+            self.buckets[-1].append((name, weight.shape))
+            size += weight.numel() * self.dtype.itemsize
 
     def weight_buckets(self) -> Buckets:
         return self.buckets

@@ -7,15 +7,18 @@ server refuses a request (HTTP 4xx), the run ends with what the server said.
 """
 
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import requests
 
 from config import ConfigError, Env
@@ -28,6 +31,39 @@ HEALTH_DEADLINE_S = 10.0
 ATTEMPTS = 3
 BANNER = "reward server listening on "
 UNREACHABLE = {"reward": 0.0, "status": "unreachable", "extracted_answer": None}
+
+
+@dataclass
+class Sample:
+    """One response with its reward, on its way to the update."""
+
+    prompt: int  # number of its prompt in this step; samples of the same prompt are a group
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    rollout_logprobs: np.ndarray
+    truncated: bool
+    text: str
+    reward: float = 0.0
+    status: str = ""
+    mask: np.ndarray | None = None  # in an episode of several turns: which response tokens the model made; None: all
+    turns: int = 1
+    tool_calls: int = 0
+
+    @property
+    def verified(self) -> bool:
+        return self.status in VERIFIED
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def response_tokens(self) -> int:
+        return len(self.response_ids)
+
+    @property
+    def masked_tokens(self) -> int:
+        return 0 if self.mask is None else int((~self.mask).sum())
 
 
 def checked(verdict: Any) -> dict[str, Any]:
@@ -116,11 +152,8 @@ class RewardClient:
         deadline = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < deadline and self.process.poll() is None:
             output = self.log_path.read_bytes()[already:].decode(errors="replace")
-            banner = [
-                line for line in output.splitlines(keepends=True) if line.startswith(BANNER) and line.endswith("\n")
-            ]
-            if banner:
-                self.url = banner[0].removeprefix(BANNER).strip()
+            if banner := re.search(f"^{BANNER}(.*)\n", output, re.MULTILINE):
+                self.url = banner[1]
                 return
             time.sleep(0.02)
         self.process.kill()

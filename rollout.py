@@ -111,7 +111,6 @@ class RolloutWorker(WeightReceiver):
         n: int,
         seed: int | list[int],
         stop_token_ids: list[int],
-        temperature: float,
     ) -> Iterator[list[Group]]:
         """Sample `n` responses to each (index, token ids) and yield groups as they finish.
 
@@ -122,7 +121,7 @@ class RolloutWorker(WeightReceiver):
         seeds: list[int | None] = seed if isinstance(seed, list) else [None] * len(prompts)
         for (index, ids), own_seed in zip(prompts, seeds, strict=True):
             room = min(self.cfg.generation.max_new_tokens, self.cfg.max_total_sequence_length - len(ids))
-            self.add_request(index, ids, n, own_seed, stop_token_ids, temperature, room)
+            self.add_request(index, ids, n, own_seed, stop_token_ids, room)
         while self.engine.has_unfinished_requests():
             if groups := self.step():
                 yield groups
@@ -142,7 +141,6 @@ class RolloutWorker(WeightReceiver):
         n: int,
         seed: int | None,
         stop_token_ids: list[int],
-        temperature: float,
         max_tokens: int,
     ) -> None:
         """Let `step` sample `n` responses to these token ids."""
@@ -152,7 +150,7 @@ class RolloutWorker(WeightReceiver):
         params = SamplingParams(
             n=n,
             seed=seed,
-            temperature=temperature,
+            temperature=self.cfg.generation.temperature,
             max_tokens=max_tokens,
             stop_token_ids=stop_token_ids,
             logprobs=0,  # of the sampled token only
@@ -166,15 +164,13 @@ class RolloutWorker(WeightReceiver):
         """Sample one token for each running request; returns the groups that are now finished."""
         return [self._group(output) for output in self.engine.step() if output.finished]
 
-    def advance(
-        self, requests: list[tuple[int, list[int], int]], stop_token_ids: list[int], temperature: float
-    ) -> list[Group]:
+    def advance(self, requests: list[tuple[int, list[int], int]], stop_token_ids: list[int]) -> list[Group]:
         """Add requests (index, token ids, max_tokens), and run all until one is finished, at most for ADVANCE_S.
 
         gym.py calls this again and again, and hands over new requests with the next call.
         """
         for index, ids, max_tokens in requests:
-            self.add_request(index, ids, 1, None, stop_token_ids, temperature, max_tokens)
+            self.add_request(index, ids, 1, None, stop_token_ids, max_tokens)
         found: list[Group] = []
         end = time.monotonic() + ADVANCE_S
         while not found and self.engine.has_unfinished_requests() and time.monotonic() < end:
@@ -247,11 +243,14 @@ class RolloutEngines(Actors):
         ]
         share = (0.5 if colocated.enabled else 1.0) / cfg.policy.generation.engines_per_gpu
         # On a CPU vLLM would compile a line of its sampler, which takes ten seconds on a new machine and saves nothing.
-        eager = {"TORCHDYNAMO_DISABLE": str(int(cfg.policy.generation.vllm_cfg.enforce_eager))}
-        super().__init__(RolloutWorker, arguments, cfg, placement, bundles, share, gpu_env={}, cpu_env=eager)
+        eager = cfg.device == "cpu" and cfg.policy.generation.vllm_cfg.enforce_eager
+        env = {"TORCHDYNAMO_DISABLE": str(int(eager))}
+        super().__init__(RolloutWorker, arguments, cfg, placement, bundles, share, env)
         self.cfg, self.sleeps = cfg, self.on_gpu and colocated.enabled and colocated.sleep
         self.route: Route = "broadcast" if not colocated.enabled else "ipc" if self.on_gpu else "object store"
-        self.policy: list[Any] = []
+        self.policy: list[
+            Any
+        ] = []  # actors that weights come from; in evaluate.py engines read their weights themselves
         self.link: Link | None = None
         self.restarts = 0
 
@@ -260,12 +259,7 @@ class RolloutEngines(Actors):
         return [w.ready.remote() for w in self.workers]
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        seed: int | list[int],
-        stop_token_ids: list[int],
-        temperature: float | None = None,
+        self, prompts: list[list[int]], n: int, seed: int | list[int], stop_token_ids: list[int]
     ) -> Iterator[Group]:
         """Sample `n` responses to every prompt (token ids); yields one `Group` a prompt, in the order they finish.
 
@@ -274,15 +268,13 @@ class RolloutEngines(Actors):
         groups, since samples depend on what else is sampled. Raises TimeoutError when no engine has finished a group
         for `cluster.timeout_s`.
         """
-        if temperature is None:
-            temperature = self.cfg.policy.generation.temperature
         count = len(self.workers)
 
         def ask(i: int) -> Any:
             asked = list(enumerate(prompts))[i::count]
             own_seed = seed[i::count] if isinstance(seed, list) else seed * count + i
             method = self.workers[i].generate.options(num_returns="streaming")
-            return method.remote(asked, n, own_seed, stop_token_ids, temperature)
+            return method.remote(asked, n, own_seed, stop_token_ids)
 
         streams = {ask(i): i for i in range(count)}
         answered, most_restarts = set(), self.restarts + MOST_RESTARTS
@@ -315,7 +307,7 @@ class RolloutEngines(Actors):
         # This makes room. If the node is lost, with a policy rank on it, this raises the error that ends the run.
         ray.get([w.empty_cache.remote() for w in self.policy], timeout=self.timeout_s)
         self.workers[i] = self.starters[i]()
-        if self.policy:  # in evaluate.py engines read their weights themselves
+        if self.policy:
             Link(self.policy, [self.workers[i]], [self.cfg.engine_bundles[i]], self.route, self.timeout_s).refit()
             self.link = None  # it holds the dead engine: the next refit makes a new one
 
@@ -339,10 +331,6 @@ class RolloutEngines(Actors):
     def sleep(self) -> None:
         if self.sleeps:
             self.all("sleep")
-
-    def connect(self, policy_workers: list[Any]) -> None:
-        """Name the actors that weights come from."""
-        self.policy = policy_workers
 
     def refit(self) -> None:
         """Bring the policy's weights into every engine and wake the KV memory. (`generate` forgets cached prefixes.)"""

@@ -6,8 +6,7 @@ MATH and arithmetic. Each checkpoint is a Hugging Face folder, a starting point 
 rewards do nothing. The same command continues from the newest checkpoint.
 """
 
-import math
-from contextlib import suppress
+from contextlib import closing
 
 import numpy as np
 import ray
@@ -15,7 +14,7 @@ import torch
 
 from checkpoint import Checkpoints, Position
 from config import Config, ConfigError
-from launch import RunError, Stopped, StopRequests, check_before_start, read_config, run_main, start_ray
+from launch import StopRequests, check_before_start, read_config, run_main, start_ray
 from logger import Logger
 from model import Sequences
 from policy import Policy
@@ -54,7 +53,7 @@ def train(cfg: Config) -> None:
     stop.listen()
     check_before_start(cfg)
     checkpoints = Checkpoints(cfg)
-    finished, data, size = checkpoints.position, cfg.data, cfg.grpo.num_prompts_per_step
+    data, size = cfg.data, cfg.grpo.num_prompts_per_step
     tokenizer = load_tokenizer(
         cfg.policy.model_name, "policy.model_name", data.chat_template, data.chat_template_kwargs
     )
@@ -63,43 +62,29 @@ def train(cfg: Config) -> None:
     prompts = [np.array(ids) for ids in rows.prompt_ids]
     responses = solution_ids(rows, tokenizer, cfg.policy.max_total_sequence_length)
     last_step = min(cfg.grpo.max_num_steps, rows.number_of_batches(size, cfg.grpo.max_num_epochs))
-    log = Logger(cfg, finished.step, checkpoints.wandb_id)
+    log = Logger(cfg, checkpoints.position.step, checkpoints.wandb_id)
+    checkpoints.wandb_id = log.wandb_id
     with log.phase("start"), stop.interruptible():
         policy = Policy(cfg, start_ray(cfg, stop))
         ray.get(policy.start(), timeout=cfg.cluster.timeout_s)
         checkpoints.restore(policy)
-    try:
-        while finished.step < last_step:
+    with closing(log), checkpoints.complete_at_the_end(policy):
+        for step in range(checkpoints.position.step + 1, last_step + 1):
             stop.before_step(checkpoints.seconds)
-            step = finished.step + 1
             log.start_step(step, last_step)
             indices = rows.batch(step - 1, size, cfg.grpo.seed, data.shuffle)
             batch = Sequences([prompts[i] for i in indices], [responses[i] for i in indices], {}, {})
             trained = sum(map(len, batch.response_ids))
             with log.phase("train"):
                 metrics = policy.update(batch, negative_log_likelihood, {"num_tokens": trained}, log.trace_file(0))
-            if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                raise RunError(
-                    f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}: not finite; the "
-                    "weights were not changed by it, checkpoints are intact"
-                )
+            log.stop_if_not_finite(metrics, [])
             metrics |= policy.memory() | {"total_tokens": trained + sum(map(len, batch.prompt_ids))}
             print(f" • loss {metrics['loss']:.4f}   grad_norm {metrics['grad_norm']:.3f}   lr {metrics['lr']:.1e}")
             log.end_step(metrics, [], lambda _: {})
-            finished = Position(step, step, {}, metrics)
+            checkpoints.position = Position(step, step, {}, metrics)
             if cfg.checkpointing.enabled and (step % cfg.checkpointing.save_period == 0 or step == last_step):
-                checkpoints.save(policy, finished, log.wandb_id)
-        checkpoints.wait(policy)
-        log.summary(checkpoints.last_saved(), data.validation_jsonl_fpath or data.train_jsonl_fpath)
-    except Stopped:
-        checkpoints.save_unsaved(policy, finished, log.wandb_id)
-        raise
-    except Exception:
-        with suppress(Exception):  # a checkpoint that is being written may still get complete
-            checkpoints.wait(policy)
-        raise
-    finally:
-        log.close()
+                checkpoints.save(policy)
+    log.summary(checkpoints.last_saved(), data.validation_jsonl_fpath or data.train_jsonl_fpath)
 
 
 def main() -> None:

@@ -27,8 +27,8 @@ The same command continues from the newest checkpoint. Exit codes: see launch.ru
 import math
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,11 +39,11 @@ import torch
 from checkpoint import Checkpoints, Position
 from config import GRPO, Config, LossFn
 from hardware import Limits, Shape, memory_table, not_for_kv_cache
-from launch import RunError, Stopped, StopRequests, check_before_start, check_gates, read_config, run_main, start_ray
+from launch import RunError, StopRequests, check_before_start, check_gates, read_config, run_main, start_ray
 from logger import Logger
 from model import HEAD_CHUNK, Sequences
 from policy import STEP_FACTS, Policy
-from reward_client import VERIFIED, RewardClient
+from reward_client import RewardClient, Sample
 from rollout import Group, RolloutEngines
 from rows import Rows, end_of_sequence_ids, load_tokenizer
 from supported import check_model, check_refit
@@ -229,39 +229,6 @@ def sequence_mean(x_T: torch.Tensor, mask_T: torch.Tensor, sequence_T: torch.Ten
 # ---------------------------------------------------------------- samples
 
 
-@dataclass
-class Sample:
-    """One response on its way from the engine to the update."""
-
-    prompt: int  # number of its prompt in this step; samples of the same prompt are a group
-    prompt_ids: np.ndarray
-    response_ids: np.ndarray
-    rollout_logprobs: np.ndarray
-    truncated: bool
-    text: str
-    reward: float = 0.0
-    status: str = ""
-    mask: np.ndarray | None = None  # in an episode of several turns: which response tokens the model made; None: all
-    turns: int = 1
-    tool_calls: int = 0
-
-    @property
-    def verified(self) -> bool:
-        return self.status in VERIFIED
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.prompt_ids)
-
-    @property
-    def response_tokens(self) -> int:
-        return len(self.response_ids)
-
-    @property
-    def masked_tokens(self) -> int:
-        return 0 if self.mask is None else int((~self.mask).sum())
-
-
 def column(samples: list[Sample], name: str) -> np.ndarray:
     """One attribute of all samples, as an array [S]."""
     return np.array([getattr(s, name) for s in samples])
@@ -269,32 +236,25 @@ def column(samples: list[Sample], name: str) -> np.ndarray:
 
 def sample_and_score(run: "Run", rows: Rows, indices: list[int], n: int, seed: int) -> list[Sample]:
     """Steps 2 to 4: `n` responses to each row, scored while others are still being generated. Ordered by prompt."""
-
-    def to_samples(group: Group) -> list[Sample]:
-        texts = run.tokenizer.batch_decode(group.response_ids, skip_special_tokens=True)
-        prompt_ids = np.array(rows.prompt_ids[indices[group.index]])
-        parts = zip(group.response_ids, group.rollout_logprobs, group.finish_reasons, texts, strict=True)
-        return [Sample(group.index, prompt_ids, ids, lp, why == "length", text) for ids, lp, why, text in parts]
-
     if run.episodes:
         with run.log.phase("generate", total=len(indices) * n) as progress:
             play = partial(run.episodes.play, [rows.rows[i] for i in indices], n, seed, progress.update)
-            found = run.engines.surviving(play)
-        return [Sample(i // n, text=run.tokenizer.decode(e.response_ids), **vars(e)) for i, e in enumerate(found)]
-    pending: list[tuple[list[Sample], Future]] = []
+            return run.engines.surviving(play)
+    pending: list[tuple[Group, list[str], Future]] = []
     with run.log.phase("generate", total=len(indices)) as progress:
         for group in run.engines.generate([rows.prompt_ids[i] for i in indices], n, seed, run.stop_token_ids):
-            samples = to_samples(group)
-            row = rows.rows[indices[group.index]]
-            pending.append((samples, run.rewards.submit([s.text for s in samples], row)))
+            texts = run.tokenizer.batch_decode(group.response_ids, skip_special_tokens=True)
+            pending.append((group, texts, run.rewards.submit(texts, rows.rows[indices[group.index]])))
             progress.update()
-    found: list[Sample] = []
+    samples: list[Sample] = []
     with run.log.phase("score"):
-        for samples, verdicts in pending:
-            for sample, verdict in zip(samples, verdicts.result(), strict=True):
-                sample.reward, sample.status = verdict["reward"], verdict["status"]
-            found += samples
-    return sorted(found, key=lambda s: s.prompt)
+        for group, texts, verdicts in pending:
+            prompt_ids = np.array(rows.prompt_ids[indices[group.index]])
+            parts = (group.response_ids, group.rollout_logprobs, group.finish_reasons, texts, verdicts.result())
+            for ids, logprobs, reason, text, verdict in zip(*parts, strict=True):
+                cut_off, reward, status = reason == "length", verdict["reward"], verdict["status"]
+                samples.append(Sample(group.index, prompt_ids, ids, logprobs, cut_off, text, reward, status))
+    return sorted(samples, key=lambda s: s.prompt)
 
 
 def groups_with_signal(samples: list[Sample]) -> set[int]:
@@ -343,7 +303,7 @@ def next_batch(run: "Run", step: int) -> Batch:
     With `grpo.async_one_step_off` the samples were drawn while the last update ran. The engines then begin to draw the
     next step's here, with weights that will be one update old when those samples are trained on.
     """
-    batch = run.ahead.result() if run.ahead else collect(run, run.batches_drawn)
+    batch = run.ahead.result() if run.ahead else collect(run, run.checkpoints.position.batches_drawn)
     run.ahead = None
     if batch.next == run.num_batches:
         run.last_step = step
@@ -406,7 +366,7 @@ def update_policy(run: "Run", samples: list[Sample], advantages_S: torch.Tensor)
         counts = {"num_valid_tokens": float(valid.sum()), "num_valid_sequences": float((valid > 0).sum())}
         trace = run.log.trace_file(len(results))
         result = run.policy.update(part, grpo_loss, {"cfg": cfg.loss_fn, **counts}, trace, with_entropy)
-        stop_if_not_finite(run, result, samples)
+        run.log.stop_if_not_finite(result, samples)
         results.append(result)
         valid_tokens.append(counts["num_valid_tokens"])
     trained = [samples[i] for i in active]
@@ -462,47 +422,64 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
 # ---------------------------------------------------------------- the run
 
 
-@dataclass
 class Run:
     """What the loop works with."""
 
-    cfg: Config
-    log: Logger
-    tokenizer: Any
-    stop_token_ids: list[int]
-    rows: Rows
-    val_rows: dict[str, Rows]  # by the names of the validation sets
-    num_batches: int  # of prompts, in all epochs
-    last_step: int
-    rewards: RewardClient | None  # None where episodes bring their rewards along
-    episodes: Any  # gym.Episodes, or None for single responses
-    policy: Policy
-    engines: RolloutEngines
-    checkpoints: Checkpoints
-    stop: StopRequests
-    limits: Limits
-    finished: Position  # where the run was after the last finished step
-    batches_drawn: int  # batches of prompts, also for the present step: one a step, more with dynamic sampling
-    exceeded: dict[str, int]  # for each gate the steps in a row above it
-    learned: bool  # whether any step had a gradient; a run that continues assumes so of its earlier steps
-    background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    ahead: Future | None = None  # the next step's batch, if it is drawn in the background
+    def __init__(self, cfg: Config):
+        """Start or continue a run: everything loaded, and the engines with the policy's weights."""
+        self.cfg, self.stop = cfg, StopRequests(cfg.checkpointing.checkpoint_must_save_by)
+        self.stop.listen()
+        check_before_start(cfg)
+        self.checkpoints = Checkpoints(cfg)
+        step = self.checkpoints.position.step
+        self.log = Logger(cfg, step, self.checkpoints.wandb_id)
+        self.checkpoints.wandb_id = self.log.wandb_id
+        data, model_name = cfg.data, cfg.policy.model_name
+        self.tokenizer = load_tokenizer(model_name, "policy.model_name", data.chat_template, data.chat_template_kwargs)
+        self.stop_token_ids = end_of_sequence_ids(model_name, self.tokenizer)
+        check_model(cfg.policy, len(self.tokenizer))
+        self.learned = step > 0  # whether any step had a gradient; of steps before this command that is assumed
+        self.background = ThreadPoolExecutor(1)
+        self.ahead: Future | None = None  # the next step's batch, if it is drawn in the background
+        with self.log.phase("start"), self.stop.interruptible(), ExitStack() as on_error:
+            # Episodes bring their rewards along.
+            self.rewards = None if cfg.env.plays_episodes else RewardClient(cfg.env, cfg.logger.log_dir)
+            on_error.callback(lambda: self.rewards and self.rewards.close())
+            task = "episode" if not self.rewards else "any" if self.rewards.is_gym else "math"
+            # Rows are read before Ray starts, so that a bad one costs seconds.
+            read = partial(Rows, tokenizer=self.tokenizer, max_length=cfg.policy.max_total_sequence_length, task=task)
+            self.rows = read(data.train_jsonl_fpath)
+            self.val_rows = {name: read(each.path) for name, each in cfg.validation_sets.items()}
+            self.num_batches = self.rows.number_of_batches(cfg.grpo.num_prompts_per_step, cfg.grpo.max_num_epochs)
+            self.last_step = min(cfg.grpo.max_num_steps, self.num_batches)
+            placement, shape = start_ray(cfg, self.stop), Shape.of(model_name)
+            self.policy = Policy(cfg, placement)
+            self.engines = RolloutEngines(cfg, placement, not_for_kv_cache=not_for_kv_cache(cfg, shape))
+            gpu_name, gpu_bytes = self.policy.gpu()
+            self.limits = Limits(cfg, shape, gpu_name)
+            for line in memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK):
+                print(line, flush=True)
+            loading = self.policy.start() + self.engines.start()  # in the background
+            self.episodes: Any = None
+            if cfg.env.plays_episodes:
+                from gym import Episodes  # only here, since the import takes half a second
+
+                self.episodes = Episodes(cfg, self.tokenizer, self.stop_token_ids, self.engines.workers)
+            ray.get(loading, timeout=cfg.cluster.timeout_s)
+            self.checkpoints.restore(self.policy)
+            self.engines.policy = self.policy.workers
+            self.engines.refit()
+            check_refit(cfg.policy, self.policy, self.engines, len(self.tokenizer))
+            on_error.pop_all()
 
 
 def train(cfg: Config) -> None:
     """A whole run. Raises RunError or ConfigError with a one-line reason, and Stopped, after saving, when asked to."""
-    run = start(cfg)
+    run = Run(cfg)
     try:
-        loop(run)
-        run.checkpoints.wait(run.policy)
+        with run.checkpoints.complete_at_the_end(run.policy):
+            loop(run)
         run.log.summary(run.checkpoints.last_saved(), cfg.data.validation_jsonl_fpath or cfg.data.train_jsonl_fpath)
-    except Stopped:
-        run.checkpoints.save_unsaved(run.policy, run.finished, run.log.wandb_id)
-        raise
-    except Exception:
-        with suppress(Exception):  # a checkpoint that is being written may still get complete
-            run.checkpoints.wait(run.policy)
-        raise
     finally:
         (run.rewards or run.episodes).close()
         run.log.close()
@@ -510,17 +487,18 @@ def train(cfg: Config) -> None:
 
 def loop(run: Run) -> None:
     """Run steps until the last one, or until the epochs' prompts are used up."""
-    if run.finished.step == 0 and run.cfg.grpo.val_at_start and run.val_rows:
+    checkpoints = run.checkpoints
+    if checkpoints.position.step == 0 and run.cfg.grpo.val_at_start and run.val_rows:
         with run.stop.interruptible():
             metrics = validate(run, step=0)
         run.log.write(0, metrics)
-    while run.finished.step < run.last_step and run.batches_drawn < run.num_batches:
-        run.stop.before_step(run.checkpoints.seconds)
-        train_step(run, run.finished.step + 1)
+    while checkpoints.position.step < run.last_step and checkpoints.position.batches_drawn < run.num_batches:
+        run.stop.before_step(checkpoints.seconds)
+        train_step(run, checkpoints.position.step + 1)
     if not run.learned:
         raise RunError(
-            f"nothing was learned: in none of the {run.finished.step} steps did a group's responses get different "
-            f"rewards; look at them in {run.cfg.logger.log_dir}/rollouts.jsonl"
+            f"nothing was learned: in none of the {checkpoints.position.step} steps did a group's responses get "
+            f"different rewards; look at them in {run.cfg.logger.log_dir}/rollouts.jsonl"
         )
 
 
@@ -532,7 +510,7 @@ def train_step(run: Run, step: int) -> None:
     # responses while others are still being generated
     with run.stop.interruptible():
         batch = next_batch(run, step)
-        samples, drawn, run.batches_drawn = batch.samples, batch.drawn, batch.next
+        samples, drawn = batch.samples, batch.drawn
     # 5. Advantages within each prompt's group
     advantages_S = group_advantages(
         torch.from_numpy(shaped_rewards(samples, g)),
@@ -558,11 +536,12 @@ def train_step(run: Run, step: int) -> None:
     metrics |= run.limits.generation(*sizes(drawn)) | {"engine_restarts": run.engines.restarts}
     metrics |= {"reward_server_restarts": run.rewards.restarts} if run.rewards else {}
     run.log.end_step(metrics, drawn, run.limits.utilization)
-    check_gates(g, metrics, run.exceeded)
-    run.finished = Position(step, run.batches_drawn, dict(run.exceeded), metrics)
+    exceeded = dict(run.checkpoints.position.exceeded)
+    check_gates(g, metrics, exceeded)
+    run.checkpoints.position = Position(step, batch.next, exceeded, metrics)
     if cfg.checkpointing.enabled and (step % cfg.checkpointing.save_period == 0 or step == run.last_step):
         with run.log.phase("checkpoint"):
-            run.checkpoints.save(run.policy, run.finished, run.log.wandb_id)
+            run.checkpoints.save(run.policy)
 
 
 VALIDATION_SEED = 1_000_000_000  # far from the training steps' seeds, and the same at every validation
@@ -573,9 +552,12 @@ def validate(run: Run, step: int) -> dict[str, float]:
     g, metrics = run.cfg.grpo, {}
     at_this_step = step == 0 or g.val_period and (step % g.val_period == 0 or step == run.last_step)
     for name, rows in run.val_rows.items() if at_this_step else ():
-        n = run.cfg.validation_sets[name].num_val_generations_per_prompt
+        n, found = run.cfg.validation_sets[name].num_val_generations_per_prompt, []
+        indices = list(range(len(rows)))[: g.max_val_samples]
+        size = g.val_batch_size or len(indices)
         with run.log.phase("validate"):
-            found = validation_samples(run, rows, n)
+            for first in range(0, len(indices), size):
+                found += sample_and_score(run, rows, indices[first : first + size], n, seed=VALIDATION_SEED + first)
         of_all, prefix = rollout_metrics(found), f"val:{name}:" if name else "val:"
         # Samples that could not be verified do not count as wrong; if none was verified there is no accuracy.
         of_set = {
@@ -588,89 +570,6 @@ def validate(run: Run, step: int) -> dict[str, float]:
         run.log.validation(step, prefix, of_set, found, run.tokenizer.decode)
         metrics |= of_set
     return metrics
-
-
-def validation_samples(run: Run, rows: Rows, n: int) -> list[Sample]:
-    """`n` samples of each of the first `grpo.max_val_samples` rows, with the same seeds at every validation."""
-    g, indices = run.cfg.grpo, list(range(len(rows)))[: run.cfg.grpo.max_val_samples]
-    size = g.val_batch_size or len(indices)
-    starts = range(0, len(indices), size)
-    parts = [sample_and_score(run, rows, indices[s : s + size], n, seed=VALIDATION_SEED + s) for s in starts]
-    return [sample for part in parts for sample in part]
-
-
-# ---------------------------------------------------------------- start and stop
-
-
-def start(cfg: Config) -> Run:
-    """Start or continue a run: everything loaded, and the engines with the policy's weights."""
-    g, stop = cfg.grpo, StopRequests(cfg.checkpointing.checkpoint_must_save_by)
-    stop.listen()
-    check_before_start(cfg)
-    checkpoints = Checkpoints(cfg)
-    last = checkpoints.position
-    log = Logger(cfg, last.step, checkpoints.wandb_id)
-    template = (cfg.data.chat_template, cfg.data.chat_template_kwargs)
-    tokenizer = load_tokenizer(cfg.policy.model_name, "policy.model_name", *template)
-    stop_token_ids = end_of_sequence_ids(cfg.policy.model_name, tokenizer)
-    check_model(cfg.policy, len(tokenizer))
-    with log.phase("start"), stop.interruptible(), ExitStack() as on_error:
-        rewards = None if cfg.env.plays_episodes else RewardClient(cfg.env, cfg.logger.log_dir)
-        on_error.callback(lambda: rewards and rewards.close())
-        # Rows are read before Ray starts, so that a bad one costs seconds.
-        data, limit = cfg.data, cfg.policy.max_total_sequence_length
-        task = "episode" if not rewards else "any" if rewards.is_gym else "math"
-        read = partial(Rows, tokenizer=tokenizer, max_length=limit, task=task)
-        rows, val_rows = read(data.train_jsonl_fpath), {n: read(each.path) for n, each in cfg.validation_sets.items()}
-        num_batches = rows.number_of_batches(g.num_prompts_per_step, g.max_num_epochs)
-        placement = start_ray(cfg, stop)
-        policy, shape = Policy(cfg, placement), Shape.of(cfg.policy.model_name)
-        engines = RolloutEngines(cfg, placement, not_for_kv_cache=not_for_kv_cache(cfg, shape))
-        gpu_name, gpu_bytes = policy.gpu()
-        for line in memory_table(cfg, shape, gpu_bytes, HEAD_CHUNK):
-            print(line, flush=True)
-        loading = policy.start() + engines.start()  # in the background
-        run = Run(
-            cfg=cfg,
-            log=log,
-            tokenizer=tokenizer,
-            stop_token_ids=stop_token_ids,
-            rows=rows,
-            val_rows=val_rows,
-            num_batches=num_batches,
-            last_step=min(g.max_num_steps, num_batches),
-            rewards=rewards,
-            episodes=None,
-            policy=policy,
-            engines=engines,
-            checkpoints=checkpoints,
-            stop=stop,
-            limits=Limits(cfg, shape, gpu_name),
-            finished=last,
-            batches_drawn=last.batches_drawn,
-            exceeded=dict(last.exceeded),
-            learned=last.step > 0,
-        )
-        if cfg.env.plays_episodes:
-            from gym import Episodes  # only here, since the import takes half a second
-
-            run.episodes = Episodes(cfg, tokenizer, stop_token_ids, engines.workers)
-        ray.get(loading, timeout=cfg.cluster.timeout_s)
-        checkpoints.restore(policy)
-        engines.connect(policy.workers)
-        engines.refit()
-        check_refit(cfg.policy, policy, engines, len(tokenizer))
-        on_error.pop_all()
-    return run
-
-
-def stop_if_not_finite(run: Run, result: dict[str, float], samples: list[Sample]) -> None:
-    if not (math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])):
-        path = run.log.save_failed_step(samples)
-        raise RunError(
-            f"loss {result['loss']}, gradient norm {result['grad_norm']} at step {run.log.step}: not finite; the "
-            f"weights were not changed by it, its answers are in {path}, checkpoints are intact"
-        )
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def main() -> None:
     def sample(answers: int) -> float:
         prompts = [(i, shared + rng.integers(100, 10000, PROMPT - SHARED).tolist()) for i in range(answers // GROUP)]
         began = time.perf_counter()
-        found = sum(len(g.response_ids) for groups in worker.generate(prompts, GROUP, 1, [], 1.0) for g in groups)
+        found = sum(len(g.response_ids) for groups in worker.generate(prompts, GROUP, 1, []) for g in groups)
         assert found == answers // GROUP * GROUP
         return time.perf_counter() - began
 

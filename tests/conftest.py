@@ -1,6 +1,6 @@
 """Fixtures: tiny random models made by the quickstart's own script, and configurations that run them."""
 
-import dataclasses
+import copy
 import gc
 import hashlib
 import json
@@ -143,15 +143,15 @@ def started(forks, base, tmp_path_factory) -> Iterator[tuple[Any, Path]]:
     import ray
 
     from config import load_config
-    from train_grpo import start
+    from train_grpo import Run
 
     folder = tmp_path_factory.mktemp("started")
     folders = [f"logger.log_dir={folder}", f"checkpointing.checkpoint_dir={folder}/checkpoints"]
     room = ["policy.max_total_sequence_length=256", "policy.sequence_packing.train_mb_tokens=8192"]
-    run = start(load_config(RECIPE, [*base, *folders, *room, "loss_fn.reference_policy_kl_penalty=0.001"]))
+    run = Run(load_config(RECIPE, [*base, *folders, *room, "loss_fn.reference_policy_kl_penalty=0.001"]))
     (folder / "state").mkdir()
-    run.policy.save(folder / "state", lambda: None)
-    assert {error for error, _ in run.policy.wait_saved()} == {None}
+    run.policy.all("save", str(folder / "state"), lambda: None)
+    assert {error for error, _ in run.policy.all("wait_saved")} == {None}
     yield run, folder / "state" / "training_state"
     run.rewards.close()
     ray.shutdown()
@@ -162,7 +162,7 @@ def begin(started, base, tmp_path):
     """The run from its beginning, with other settings of what happens in the driver, or another learning rate."""
     import ray
 
-    from checkpoint import Position
+    from checkpoint import Checkpoints
     from config import load_config
     from logger import Logger
 
@@ -172,12 +172,14 @@ def begin(started, base, tmp_path):
         cfg = load_config(RECIPE, [*base, f"logger.log_dir={tmp_path}/logs", *overrides])
         lr, rank = cfg.policy.optimizer.lr, run.policy.workers[0]
         ray.get(rank.__ray_call__.remote(lambda actor: setattr(actor.cfg.optimizer, "lr", lr)), timeout=60)
-        run.policy.load(state)
+        run.policy.all("load", str(state))
         run.engines.refit()
         batches = run.rows.number_of_batches(cfg.grpo.num_prompts_per_step, cfg.grpo.max_num_epochs)
         steps = min(cfg.grpo.max_num_steps, batches)
-        fresh = {"finished": Position(), "batches_drawn": 0, "exceeded": {}, "learned": False}
-        return dataclasses.replace(run, cfg=cfg, log=Logger(cfg), num_batches=batches, last_step=steps, **fresh)
+        begun = copy.copy(run)
+        begun.cfg, begun.log, begun.checkpoints = cfg, Logger(cfg), Checkpoints(cfg)
+        begun.num_batches, begun.last_step, begun.learned = batches, steps, False
+        return begun
 
     return with_settings
 
@@ -248,8 +250,8 @@ def weights(run: Any, folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     folder.mkdir()
-    run.policy.save(folder, lambda: None)
-    run.policy.wait_saved()
+    run.policy.all("save", str(folder), lambda: None)
+    run.policy.all("wait_saved")
     return load_file(folder / "model.safetensors")
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from config import GRPO, LossFn, RewardShaping
 from model import pack
-from train_grpo import Sample, combine_steps, group_advantages, groups_with_signal, grpo_loss, shaped_rewards
+from reward_client import Sample
+from train_grpo import combine_steps, group_advantages, groups_with_signal, grpo_loss, shaped_rewards
 
 
 def advantages(rewards, groups=None, valid=None, leave_one_out=True, normalize=True):

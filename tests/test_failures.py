@@ -18,7 +18,6 @@ from test_run import BATCH, children, command, read, wait_for
 
 import rollout
 import train_grpo
-from checkpoint import Checkpoints
 from config import ConfigError
 from gym import Episodes
 from launch import RunError, Stopped, StopRequests, explain
@@ -90,7 +89,8 @@ def test_episodes_are_played_again_when_an_engine_dies(begin, tmp_path):
     before = run.engines.restarts
     episodes = Episodes(run.cfg, run.tokenizer, run.stop_token_ids, run.engines.workers)
     die_in(run.engines.workers[0], "step", after=3)
-    samples = sample_and_score(dataclasses.replace(run, episodes=episodes), run.rows, [4, 5, 6], 2, seed=1)
+    run.episodes = episodes
+    samples = sample_and_score(run, run.rows, [4, 5, 6], 2, seed=1)
     episodes.close()
     assert [(s.prompt, s.status) for s in samples] == [(p, "correct") for p in (0, 0, 1, 1, 2, 2)]
     assert run.engines.restarts == before + 1
@@ -168,8 +168,7 @@ def test_two_runs_in_one_log_folder_are_refused(begin, tmp_path):
 def test_a_time_limit_during_generation_saves_what_is_finished(begin, tmp_path, monkeypatch):
     """Slurm's signal comes in the second batch: its step is abandoned and the first one saved."""
     run = begin("checkpointing.enabled=true", f"checkpointing.checkpoint_dir={tmp_path}/checkpoints")
-    own = {"rewards": RewardClient(run.cfg.env, tmp_path), "checkpoints": Checkpoints(run.cfg)}
-    run, driver = dataclasses.replace(run, **own, stop=StopRequests(None)), os.getpid()
+    run.rewards, run.stop, driver = RewardClient(run.cfg.env, tmp_path), StopRequests(None), os.getpid()
     run.stop.listen()
 
     def arm(actor) -> None:
@@ -183,7 +182,7 @@ def test_a_time_limit_during_generation_saves_what_is_finished(begin, tmp_path, 
         actor.step = step
 
     change(run.engines.workers[0], arm)
-    monkeypatch.setattr(train_grpo, "start", lambda cfg: run)
+    monkeypatch.setattr(train_grpo, "Run", lambda cfg: run)
     with pytest.raises(Stopped, match="SIGUSR1"):
         train(run.cfg)
     change(run.engines.workers[0], lambda actor: delattr(actor, "step"))

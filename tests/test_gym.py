@@ -76,7 +76,7 @@ class Script:
     async def _start_batch(self, seed: int) -> None:
         self.prompts.clear()
 
-    async def _advance(self, requests, stop_token_ids, temperature) -> list[Group]:
+    async def _advance(self, requests, stop_token_ids) -> list[Group]:
         found = []
         for index, ids, limit in requests:
             self.prompts.append(ids)

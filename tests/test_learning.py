@@ -12,7 +12,7 @@ from config import load_config
 from launch import RunError, check_gates
 from logger import Logger
 from reward_client import RewardClient
-from train_grpo import loop, stop_if_not_finite, train
+from train_grpo import loop, train
 
 pytestmark = pytest.mark.slow
 
@@ -111,13 +111,6 @@ def test_learning_rate_zero_does_not_drift_and_a_limit_stops_the_run(begin, tmp_
     assert metrics[4]["gen_kl_error"] < 10 * metrics[0]["gen_kl_error"] + 1e-10
 
 
-class Stub:
-    """The two fields of a Run that `stop_if_not_finite` looks at."""
-
-    def __init__(self, cfg):
-        self.cfg, self.log = cfg, Logger(cfg)
-
-
 def test_gates_count_steps_in_a_row(quickstart_overrides):
     """A step without an update knows nothing of engine and trainer, and leaves that count as it is."""
     cfg = load_config(ROOT / "recipes" / "quickstart.yaml", quickstart_overrides).grpo
@@ -137,9 +130,9 @@ def test_gates_count_steps_in_a_row(quickstart_overrides):
 def test_a_loss_that_is_not_finite_saves_the_answers(quickstart_overrides, tmp_path):
     from test_algorithm import answer
 
-    run = Stub(load_config(ROOT / "recipes" / "quickstart.yaml", quickstart_overrides))
-    run.log.start_step(7, 9)
-    stop_if_not_finite(run, {"loss": 0.1, "grad_norm": 2.0}, [answer()])
+    log = Logger(load_config(ROOT / "recipes" / "quickstart.yaml", quickstart_overrides))
+    log.start_step(7, 9)
+    log.stop_if_not_finite({"loss": 0.1, "grad_norm": 2.0}, [answer()])
     with pytest.raises(RunError, match=r"gradient norm nan at step 7: not finite; .*failed_step_7.jsonl"):
-        stop_if_not_finite(run, {"loss": 0.1, "grad_norm": float("nan")}, [answer(), answer()])
+        log.stop_if_not_finite({"loss": 0.1, "grad_norm": float("nan")}, [answer(), answer()])
     assert len((tmp_path / "logs" / "failed_step_7.jsonl").read_text().splitlines()) == 2

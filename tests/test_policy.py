@@ -26,7 +26,8 @@ from config import load_config
 from model import MicroBatch, Sequences
 from policy import PolicyWorker, clip_gradients
 from refit import full
-from train_grpo import Sample, grpo_loss, update_policy
+from reward_client import Sample
+from train_grpo import grpo_loss, update_policy
 
 pytestmark = pytest.mark.slow
 
@@ -208,7 +209,7 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.policy = cfg, PolicyWorker(cfg.policy, 0, 1, "cpu", timeout_s=60)
         self.policy.setup(free_address())
-        self.log = SimpleNamespace(trace_file=lambda part: None)
+        self.log = SimpleNamespace(trace_file=lambda part: None, stop_if_not_finite=lambda metrics, samples: None)
         self.limits = SimpleNamespace(training=lambda prompt, prompts, responses: {})
 
 

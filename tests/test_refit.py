@@ -37,7 +37,7 @@ def pair(request, quickstart_overrides):
         aside = not_for_kv_cache(cfg, Shape.of(cfg.policy.model_name))
         policy, engines = Policy(cfg, placement), RolloutEngines(cfg, placement, not_for_kv_cache=aside)
         ray.get(policy.start() + engines.start(), timeout=cfg.cluster.timeout_s)
-        engines.connect(policy.workers)
+        engines.policy = policy.workers
         engines.refit()
         started.append(engines)
         return cfg, policy, engines

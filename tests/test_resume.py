@@ -383,8 +383,7 @@ class InProcess:
     """One rank as the Policy that Checkpoints talks to, without Ray between."""
 
     def __init__(self, worker: PolicyWorker):
-        self.save, self.load = (lambda folder, done: worker.save(str(folder), done)), worker.load
-        self.wait_saved = lambda: [worker.wait_saved()]
+        self.all = lambda method, *args: [getattr(worker, method)(*args)]
 
 
 def start_worker(cfg, rank: int, world_size: int, address: str) -> PolicyWorker:
@@ -416,7 +415,8 @@ def rank_that_saves(rank: int, world_size: int, address: str, cfg) -> None:
     step(worker, cfg, 1)
     first, gate = snapshot(worker), threading.Event()
     worker._writer.submit(gate.wait, 60)  # the thread that writes has other work for as long as we like,
-    checkpoints.save(policy, Position(1), None)
+    checkpoints.position = Position(1)
+    checkpoints.save(policy)
     step(worker, cfg, 2)  # and the next step does not wait for it
     assert {p.name for p in checkpoints.dir.glob("*step*")} == {"tmp_step_1"}
     second = snapshot(worker)
@@ -428,7 +428,8 @@ def rank_that_saves(rank: int, world_size: int, address: str, cfg) -> None:
 
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # a disk that takes no more
-    checkpoints.save(policy, Position(2), None)
+    checkpoints.position = Position(2)
+    checkpoints.save(policy)
     with pytest.raises(RunError) as error:
         checkpoints.wait(policy)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -441,7 +442,8 @@ def rank_that_saves(rank: int, world_size: int, address: str, cfg) -> None:
     worker.cfg.precision, worker.loss_scale = "float16", 8.0
     worker.load(str(checkpoints.dir / "step_1" / "training_state"))
     assert worker.loss_scale == 8  # what was saved in float32 has none
-    checkpoints.save(policy, Position(3), None)
+    checkpoints.position = Position(3)
+    checkpoints.save(policy)
     checkpoints.wait(policy)
     worker.loss_scale = 2.0
     worker.load(str(checkpoints.dir / "step_3" / "training_state"))

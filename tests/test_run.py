@@ -18,7 +18,7 @@ import evaluate
 from config import ConfigError, load_config
 from launch import check_before_start
 from rows import Rows, end_of_sequence_ids, load_tokenizer
-from train_grpo import start
+from train_grpo import Run
 
 BATCH = ["grpo.num_prompts_per_step=8", "grpo.num_generations_per_prompt=8"]
 
@@ -302,7 +302,7 @@ def test_a_bad_row_ends_a_run_before_ray_starts(base, tmp_path, monkeypatch, sto
     folders = [f"logger.log_dir={tmp_path}/logs", f"checkpointing.checkpoint_dir={tmp_path}/checkpoints"]
     cfg = load_config(RECIPE, [*base, *folders, f"data.{split}_jsonl_fpath={tmp_path}/rows.jsonl"])
     with pytest.raises(ConfigError, match="rows.jsonl line 1 is not a row"):
-        start(cfg)
+        Run(cfg)
 
 
 def test_chat_templates(arithmetic_rows, tiny_model, tmp_path):

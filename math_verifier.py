@@ -87,10 +87,10 @@ _NOTE = re.compile(r"(?<=[^\sa-zA-Z]) ?(?:\\approx|≈).*", re.S)
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the brace or parenthesis at `start` is closed; -1 if that is not within MAX_BOX_CHARS."""
-    depth, pair = 0, "{}" if text[start] == "{" else "()"
+    """Where the brace at `start` is closed; -1 if that is not within MAX_BOX_CHARS."""
+    depth = 0
     for match in _BRACKET.finditer(text, start, start + MAX_BOX_CHARS + 2):
-        depth += (match[0] == pair[0]) - (match[0] == pair[1])
+        depth += (match[0] == "{") - (match[0] == "}")
         if depth == 0:
             return match.start()
     return -1
@@ -457,10 +457,6 @@ def parse_number(text: str) -> Fraction | None:
     return -value if negative.count("-") % 2 else value
 
 
-def _is_number(text: str) -> bool:
-    return parse_number(split_unit(text)[0]) is not None
-
-
 # -- Reading: lists, sets, tuples, matrices, chains of relations ------------------------------------------------------
 
 _OR = re.compile(r",? ?(?:\\text\{ ?,? ?or ?,? ?\}|(?<![a-zA-Z\\])or(?![a-z])|\\(?:lor|vee)(?![a-zA-Z])) ?")
@@ -504,7 +500,7 @@ def parse_group(text: str) -> tuple[str, list[str]] | None:
         return None
     if not kind and ":" in text and "," not in text:  # 3:2, 8:34 p.m.
         parts = _split(text, ":")[0]
-        return (":", parts) if all(map(_is_number, parts)) else None
+        return None if None in [parse_number(split_unit(part)[0]) for part in parts] else (":", parts)
     if kind not in ("", "{}") and "±" in content:
         return "list", _signs(text)
     rows = [_split(row, ",")[0] for row in _split(_AND.sub(";", _OR.sub(";", content)), ";")[0]]
@@ -733,15 +729,11 @@ WARM_UP = [
 _MISREAD_BY_PEERS = re.compile(r"\\(?:text|partial|infty)|(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{2}")
 
 
-def _refuse(text: str) -> None:
-    raise ValueError(f"{text!r} is not evaluated")
-
-
 def second_opinion(gold: str, text: str) -> str | None:
     r"""The answer in a response if math-verify finds it right, else None: peers pay `10\%` for 10, or four decimals."""
     from math_verify import parse, parser, verify
 
-    parser.parse_expr_cached = _refuse  # it would let sympy evaluate sums; numerals and LaTeX are read without
+    parser.parse_expr_cached = None  # it would let sympy evaluate sums; numerals and LaTeX are read without
     stated, text = extract_answer(text), after_reasoning(text).strip()
     answer = stated or extract_answer(text, lenient=True) or ""
     name, sign, _ = answer.partition("=")
@@ -751,7 +743,7 @@ def second_opinion(gold: str, text: str) -> str | None:
     elif stated or sign or answer.startswith(("(", "[")):  # neither what was said before nor a part is the answer
         refused = _MISREAD_BY_PEERS.search(answer) or (sign and not _is_name(name))
         text = "" if refused else rf"\boxed{{{answer}}}"
-    if _BROKEN_FORMULA.search(text) or ("\\boxed" in gold and re.search(r"\bor\b", gold)):
+    if _BROKEN_FORMULA.search(text) or re.search(r"(?s)\\boxed.*\bor\b.*\\boxed", gold):
         return None
     formula = gold if re.search(r"\$|\\boxed|\\[(\[]", gold) else f"${gold}$"
     gold_values, found = parse(formula, parsing_timeout=None), parse(text, parsing_timeout=None)
@@ -890,9 +882,9 @@ def _real_root(power: Any) -> Any:
     """b^(p/q) of a real b as b^n |b|^r with r between -1 and 1: for sympy the root of a negative b is complex."""
     import sympy
 
-    odd = power.exp.p % 2
-    whole = odd + 2 * sympy.floor((power.exp - odd + 1) / 2)
-    return power.base**whole * sympy.Abs(power.base) ** (power.exp - whole)
+    base, exponent = sympy.powdenest(power).as_base_exp()
+    whole = exponent.p % 2 + 2 * sympy.floor((exponent - exponent.p % 2 + 1) / 2)
+    return base**whole * sympy.Abs(base) ** (exponent - whole)
 
 
 @lru_cache(maxsize=256)  # of lists, every item is compared with every other
@@ -907,7 +899,7 @@ def _parse(text: str) -> Any:
     expr = latex2sympy(text, **options)
     expr = sympy.sympify(expr).subs({sympy.Symbol("i", real=True): sympy.I, sympy.Symbol("i"): sympy.I})
     for _ in range(2):  # the second time for products of what the first time wrote
-        expr = sympy.powdenest(expr).replace(_is_odd_root, _real_root)
+        expr = expr.replace(_is_odd_root, _real_root)
     expr = expr.doit() if expr.has(sympy.floor, sympy.ceiling) else expr
     if not isinstance(expr, sympy.Expr) or expr.has(sympy.nan, sympy.zoo):
         raise UnparsableGold(str(expr)[:40])

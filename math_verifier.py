@@ -238,6 +238,15 @@ _FONTS = _table(r"""
     \\(?:text(?:bf|it|rm|sf|tt|normal|up)|emph|[mh]box|mathrm|rm|bf|it)\s*\{([^{}]*)\}  \\text{\1}
     \\text\s*\{ *((?:\\\$)?[-+]?[\d.,/]*) *\}  ~\1
 """)
+_OPERAND = rf"((?:(?!\\over(?![a-zA-Z]))[^{{}}=<>≤≥,]|{_BRACES})*)"
+_QUOTIENT = rf"{_OPERAND}\\over(?![a-zA-Z]){_OPERAND}"
+# {a \over b}, or a whole a \over b; the first line leaves the braces where they may be an argument's.
+_OVER = _table(
+    rf"""
+    (?:(?<=[a-zA-Z}}\]^_])|(?<=[a-zA-Z}}\]^_] ))\{{{_QUOTIENT}\}}  {{\\frac{{\1}}{{\2}}}}
+    (?<!\\)\{{{_QUOTIENT}\}}|^{_QUOTIENT}$  \\frac{{\1\3}}{{\2\4}}
+    """
+)
 _SPELLING = _table(
     rf"""
     (?<=\\\\)\[[\d.]+[a-z]+\]|,?\\!|\\(?:textcolor|color)\s?\{{[^{{}}]*\}}
@@ -269,9 +278,6 @@ _SPELLING = _table(
     (?<=\d) ?(USD|EUR|GBP)$  \\text{{~\1}}
     """
 )
-_OPERAND = rf"((?:(?!\\over(?![a-zA-Z]))[^{{}}=<>≤≥,]|{_BRACES})*)"
-_QUOTIENT = rf"{_OPERAND}\\over(?![a-zA-Z]){_OPERAND}"
-_OVER = re.compile(rf"(?<!\\)\{{{_QUOTIENT}\}}|^{_QUOTIENT}$")
 _ROWS = re.compile(
     r"([^,;=<>≤≥]*?)([(\[]?)\\begin ?\{((?:[pbB]|small)?matrix|array|cases|aligned|align\*?|gathered)\}"
     r"(?: ?\{[lcr| ]*\})?(.*)\\end ?\{\3\} ?[)\]]? ?(\^ ?\{?(?:T|\\top)\}?)?",
@@ -301,13 +307,6 @@ def _fix_repeating(match: re.Match[str]) -> str:
     r"""0.1\overline{6} as \frac{15}{90}."""
     whole, once, again = match.groups()
     return rf"\frac{{{int(whole + once + again) - int('0' + whole + once)}}}{{{'9' * len(again)}{'0' * len(once)}}}"
-
-
-def _fix_over(match: re.Match[str]) -> str:
-    r"""{3 \over 4}, or a whole formula 3 \over 4, as \frac{3}{4}, in braces where the braces may be an argument."""
-    top, bottom = (part.strip() for part in match.groups() if part is not None)
-    argument = re.search(r"[a-zA-Z}\]^_] ?$", match.string[: match.start()])
-    return rf"{{\frac{{{top}}}{{{bottom}}}}}" if argument else rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def _unwrap(text: str) -> str:
@@ -345,9 +344,8 @@ def normalise(text: str) -> str:
     text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     if not _NEAT.fullmatch(text):
         text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text).replace("¦", "|")
-        for _ in range(3 * ("\\over" in text)):
-            text = _OVER.sub(_fix_over, text)
-        for pattern, replacement in (_FONTS * 3 if "\\" in text else ()) + _SPELLING:
+        rules = _OVER * 3 if "\\over" in text else ()
+        for pattern, replacement in rules + (_FONTS * 3 if "\\" in text else ()) + _SPELLING:
             text = pattern.sub(replacement, text)
         text = _REPEATING.sub(_fix_repeating, text)
         text = _unwrap(_fix_rows(rows) if (rows := _ROWS.fullmatch(text)) else text)

@@ -761,8 +761,7 @@ _GREEK = (
 _KNOWN = re.compile(rf"{_ELEMENTARY}|{_GREEK}|frac|sqrt|binom|pi|infty|cdot|times|div|lfloor|rfloor|lceil|rceil")
 _LETTER = rf"(?:(?<![a-zA-Z\\])[a-zA-Z]|\\(?:{_GREEK})(?![a-zA-Z]))"
 _PART_OF_SET = re.compile(rf"[∪∖,;]|\\\{{ ?{_BUILDER}|{_OR.pattern}|{_AND.pattern}")
-_OUTSIDE = re.compile(r"^(?:\\?[({]| )+|(?:\\?[)}]| )+$")
-_ALONE = re.compile(rf"[-+]? ?\|? ?({_LETTER}(?: ?_ ?\{{?\w+\}}?)?)(?: ?\(\w\)?)? ?\|?")
+_ALONE = re.compile(rf"(?:\\?[({{]| )*[-+]? ?\|? ?({_LETTER}(?: ?_ ?\{{?\w+\}}?)?)(?: ?\(\w\))? ?\|?(?:\\?[)}}]| )*")
 # Parts that are compared as written: numbers in a base, derivatives, f'(0), vectors, angles and segments, words.
 _ATOM = re.compile(
     r"(?<![\w.])\(?\d\w*?\)?_ ?(?:\{ ?\w+ ?\}|\w+)|"
@@ -960,7 +959,7 @@ def _is_solved(text: str) -> bool:
     for part in _PART_OF_SET.split(text):
         sides = re.split("[<>≤≥≠]", part)
         for side in sides if len(sides) > 1 else ():
-            side = _OUTSIDE.sub("", split_unit(side.strip())[0])
+            side = split_unit(side.strip())[0]
             if alone := _ALONE.fullmatch(side):
                 variables |= {alone[1]} - {"e"}
             elif re.search(_LETTER, re.sub(r"(?<![a-zA-Z\\])e(?![a-zA-Z])", "", side)):

@@ -82,14 +82,15 @@ _DISPLAY = re.compile(
     re.S,
 )
 _BROKEN_FORMULA = re.compile(r"\n\s*(?:\$|\\\))\s*\Z")  # TeX has no inline formula over several lines
+_MISTYPED_BOX = re.compile(r"\\boxed\{([^{}\\]+)\\\}(?=\s*\$)")
 _NOTE = re.compile(r"(?<=[^\sa-zA-Z]) ?(?:\\approx|≈).*", re.S)
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the brace or parenthesis at `start` is closed; -1 if that is not within MAX_BOX_CHARS."""
-    depth, pair = 0, "{}" if text[start] == "{" else "()"
+    """Where the brace at `start` is closed; -1 if that is not within MAX_BOX_CHARS."""
+    depth = 0
     for match in _BRACKET.finditer(text, start, start + MAX_BOX_CHARS + 2):
-        depth += (match[0] == pair[0]) - (match[0] == pair[1])
+        depth += (match[0] == "{") - (match[0] == "}")
         if depth == 0:
             return match.start()
     return -1
@@ -155,6 +156,7 @@ def _fall_back(text: str) -> str | None:
     """What the last "answer is" says; else the last formula, or the last number if that comes later."""
     if _BROKEN_FORMULA.search(text):
         return None
+    text = _MISTYPED_BOX.sub(r"\1", text)
     whole, *said = _SAID.split(text[-MAX_BOX_CHARS:])
     text = (said[-1] if said else whole).strip()
     line = _tidy_line(text.partition("\n")[0]) if said else text.rpartition("\n")[2]
@@ -236,6 +238,15 @@ _FONTS = _table(r"""
     \\(?:text(?:bf|it|rm|sf|tt|normal|up)|emph|[mh]box|mathrm|rm|bf|it)\s*\{([^{}]*)\}  \\text{\1}
     \\text\s*\{ *((?:\\\$)?[-+]?[\d.,/]*) *\}  ~\1
 """)
+_OPERAND = rf"((?:(?!\\over(?![a-zA-Z]))[^{{}}=<>≤≥,]|{_BRACES})*)"
+_QUOTIENT = rf"{_OPERAND}\\over(?![a-zA-Z]){_OPERAND}"
+# {a \over b}, or a whole a \over b; the first line leaves the braces where they may be an argument's.
+_OVER = _table(
+    rf"""
+    (?:(?<=[a-zA-Z}}\]^_])|(?<=[a-zA-Z}}\]^_] ))\{{{_QUOTIENT}\}}  {{\\frac{{\1}}{{\2}}}}
+    (?<!\\)\{{{_QUOTIENT}\}}|^{_QUOTIENT}$  \\frac{{\1\3}}{{\2\4}}
+    """
+)
 _SPELLING = _table(
     rf"""
     (?<=\\\\)\[[\d.]+[a-z]+\]|,?\\!|\\(?:textcolor|color)\s?\{{[^{{}}]*\}}
@@ -333,7 +344,8 @@ def normalise(text: str) -> str:
     text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     if not _NEAT.fullmatch(text):
         text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text).replace("¦", "|")
-        for pattern, replacement in (_FONTS * 3 if "\\" in text else ()) + _SPELLING:
+        rules = _OVER * 3 if "\\over" in text else ()
+        for pattern, replacement in rules + (_FONTS * 3 if "\\" in text else ()) + _SPELLING:
             text = pattern.sub(replacement, text)
         text = _REPEATING.sub(_fix_repeating, text)
         text = _unwrap(_fix_rows(rows) if (rows := _ROWS.fullmatch(text)) else text)
@@ -443,10 +455,6 @@ def parse_number(text: str) -> Fraction | None:
     return -value if negative.count("-") % 2 else value
 
 
-def _is_number(text: str) -> bool:
-    return parse_number(split_unit(text)[0]) is not None
-
-
 # -- Reading: lists, sets, tuples, matrices, chains of relations ------------------------------------------------------
 
 _OR = re.compile(r",? ?(?:\\text\{ ?,? ?or ?,? ?\}|(?<![a-zA-Z\\])or(?![a-z])|\\(?:lor|vee)(?![a-zA-Z])) ?")
@@ -454,6 +462,7 @@ _AND = re.compile(r",? ?(?:\\text\{ ?,? ?(?:and|&) ?,? ?\}|(?<![a-zA-Z\\])and(?!
 _LOGIC = re.compile(r"\\(?:lor|vee|land|wedge)(?![a-zA-Z])")
 _RELATIONS = "=<>≤≥≠"
 _FLIP = str.maketrans("<>≤≥", "><≥≤")
+_BUILDER = r"[a-z] ?(?:\\in ?\(-∞,∞\) ?)?[:|]"  # of {x : ...}
 # A text that names a set of reals: an inequality, a union, x \in ..., {x : ...}
 _VARIABLE = re.compile(
     r"(?<![\\a-zA-Z])\(?([a-zA-Z](?:_\w)?)\)? ?(?:\\in(?![a-zA-Z]) ?|[<>≤≥≠=])|[<>≤≥≠=] ?([a-zA-Z](?:_\w)?)(?![a-zA-Z])"
@@ -489,7 +498,7 @@ def parse_group(text: str) -> tuple[str, list[str]] | None:
         return None
     if not kind and ":" in text and "," not in text:  # 3:2, 8:34 p.m.
         parts = _split(text, ":")[0]
-        return (":", parts) if all(map(_is_number, parts)) else None
+        return None if None in [parse_number(split_unit(part)[0]) for part in parts] else (":", parts)
     if kind not in ("", "{}") and "±" in content:
         return "list", _signs(text)
     rows = [_split(row, ",")[0] for row in _split(_AND.sub(";", _OR.sub(";", content)), ";")[0]]
@@ -718,15 +727,11 @@ WARM_UP = [
 _MISREAD_BY_PEERS = re.compile(r"\\(?:text|partial|infty)|(?<![\\a-zA-Z])(?!and\b)[a-zA-Z]{2}")
 
 
-def _refuse(text: str) -> None:
-    raise ValueError(f"{text!r} is not evaluated")
-
-
 def second_opinion(gold: str, text: str) -> str | None:
     r"""The answer in a response if math-verify finds it right, else None: peers pay `10\%` for 10, or four decimals."""
     from math_verify import parse, parser, verify
 
-    parser.parse_expr_cached = _refuse  # it would let sympy evaluate sums; numerals and LaTeX are read without
+    parser.parse_expr_cached = None  # it would let sympy evaluate sums; numerals and LaTeX are read without
     stated, text = extract_answer(text), after_reasoning(text).strip()
     answer = stated or extract_answer(text, lenient=True) or ""
     name, sign, _ = answer.partition("=")
@@ -736,7 +741,7 @@ def second_opinion(gold: str, text: str) -> str | None:
     elif stated or sign or answer.startswith(("(", "[")):  # neither what was said before nor a part is the answer
         refused = _MISREAD_BY_PEERS.search(answer) or (sign and not _is_name(name))
         text = "" if refused else rf"\boxed{{{answer}}}"
-    if _BROKEN_FORMULA.search(text):
+    if _BROKEN_FORMULA.search(text) or re.search(r"(?s)\\boxed.*\bor\b.*\\boxed", gold):
         return None
     formula = gold if re.search(r"\$|\\boxed|\\[(\[]", gold) else f"${gold}$"
     gold_values, found = parse(formula, parsing_timeout=None), parse(text, parsing_timeout=None)
@@ -755,6 +760,8 @@ _GREEK = (
 )
 _KNOWN = re.compile(rf"{_ELEMENTARY}|{_GREEK}|frac|sqrt|binom|pi|infty|cdot|times|div|lfloor|rfloor|lceil|rceil")
 _LETTER = rf"(?:(?<![a-zA-Z\\])[a-zA-Z]|\\(?:{_GREEK})(?![a-zA-Z]))"
+_PART_OF_SET = re.compile(rf"[∪∖,;]|\\\{{ ?{_BUILDER}|{_OR.pattern}|{_AND.pattern}")
+_ALONE = re.compile(rf"(?:\\?[({{]| )*[-+]? ?\|? ?({_LETTER}(?: ?_ ?\{{?\w+\}}?)?)(?: ?\(\w\))? ?\|?(?:\\?[)}}]| )*")
 # Parts that are compared as written: numbers in a base, derivatives, f'(0), vectors, angles and segments, words.
 _ATOM = re.compile(
     r"(?<![\w.])\(?\d\w*?\)?_ ?(?:\{ ?\w+ ?\}|\w+)|"
@@ -844,7 +851,7 @@ def _real_set(text: str, functions: set[str]) -> Any:
 
     text = _VARIABLE.sub("", text, count=1) if "\\in" in text and not text.startswith("\\{") else text
     kind, content = _bracketed(text)
-    if kind == "{}" and (match := re.fullmatch(r"[a-z] ?(?:\\in ?\(-∞,∞\) ?)?[:|] ?(.+)", content)):
+    if kind == "{}" and (match := re.fullmatch(rf"{_BUILDER} ?(.+)", content)):
         return _real_set(match[1], functions)
     for sign, combine in (("∪", sympy.Union), (",", sympy.Intersection), ("∖", sympy.Complement)):
         parts, _ = _split(_AND.sub(",", _OR.sub("∪", text)), sign)
@@ -863,6 +870,20 @@ def _real_set(text: str, functions: set[str]) -> Any:
     return relation.as_set()
 
 
+def _is_odd_root(expr: Any) -> bool:
+    odd = expr.is_Pow and expr.exp.is_Rational and expr.exp.q % 2 == 1 < expr.exp.q
+    return odd and expr.base.is_extended_real and not expr.base.is_zero
+
+
+def _real_root(power: Any) -> Any:
+    """b^(p/q) of a real b as b^n |b|^r with r between -1 and 1: for sympy the root of a negative b is complex."""
+    import sympy
+
+    base, exponent = sympy.powdenest(power).as_base_exp()
+    whole = exponent.p % 2 + 2 * sympy.floor((exponent - exponent.p % 2 + 1) / 2)
+    return base**whole * sympy.Abs(base) ** (exponent - whole)
+
+
 @lru_cache(maxsize=256)  # of lists, every item is compared with every other
 def _parse(text: str) -> Any:
     """LaTeX as a sympy expression in which i is imaginary, odd roots are real."""
@@ -874,10 +895,8 @@ def _parse(text: str) -> Any:
     options = {"is_real": True, "convert_degrees": False, "normalization_config": None, "conversion_config": config}
     expr = latex2sympy(text, **options)
     expr = sympy.sympify(expr).subs({sympy.Symbol("i", real=True): sympy.I, sympy.Symbol("i"): sympy.I})
-    expr = expr.replace(
-        lambda e: e.is_Pow and e.exp.is_Rational and e.exp.q % 2 == 1 < e.exp.q and e.base.is_extended_real,
-        lambda e: sympy.sign(e.base) ** e.exp.p * sympy.Abs(e.base) ** e.exp,
-    )
+    for _ in range(2):  # the second time for products of what the first time wrote
+        expr = expr.replace(_is_odd_root, _real_root)
     expr = expr.doit() if expr.has(sympy.floor, sympy.ceiling) else expr
     if not isinstance(expr, sympy.Expr) or expr.has(sympy.nan, sympy.zoo):
         raise UnparsableGold(str(expr)[:40])
@@ -934,11 +953,27 @@ def _same_value(gold: str, answer: str, algebra: bool) -> bool:
     return False not in same and (difference.equals(0) if names else same[0]) is True
 
 
+def _is_solved(text: str) -> bool:
+    """Whether one variable stands alone in every inequality: x > 3, -x > -3, |x| < 3; not x - 3 > 0, nor x > a."""
+    variables = set()
+    for part in _PART_OF_SET.split(text):
+        sides = re.split("[<>≤≥≠]", part)
+        for side in sides if len(sides) > 1 else ():
+            side = split_unit(side.strip())[0]
+            if alone := _ALONE.fullmatch(side):
+                variables |= {alone[1]} - {"e"}
+            elif re.search(_LETTER, re.sub(r"(?<![a-zA-Z\\])e(?![a-zA-Z])", "", side)):
+                return False
+    return len(variables) <= 1
+
+
 def _compare_sets(gold: str, answer: str, algebra: bool) -> bool | None:
     """Whether two texts name the same set of reals; None if one of them names no set, or one that cannot be read."""
     named = [_REAL_SET.search(text) for text in (gold, answer)]
     sets = [_REAL_SET.search(text) or len(_split(_bracketed(text)[1], ",;")[0]) == 2 for text in (gold, answer)]
     names = {*map("".join, _VARIABLE.findall(f"{gold} ; {answer}"))} - {"e"}
+    if any(named) and _is_solved(gold) and not _is_solved(answer):
+        return False  # the problem's own inequality is no answer to it
     if not any(named) or not all(sets) or len(names) > 1 or re.search(r"\[ ?-?∞|∞ ?\]", gold + answer):
         return None
     functions = _functions(algebra, gold, answer)

@@ -46,7 +46,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import math_verifier
 from llm_judge import Judge
-from verifier_pool import Verdict, WorkerPool, load_verifier
+from verifier_pool import Verdict, WorkerPool, load_verifier, math_verdict
 
 MAX_BATCH = 4_096
 MAX_BODY_BYTES = 32 << 20
@@ -61,22 +61,20 @@ CACHE_SIZE = 50_000
 
 def exact_verdict(text: str, expected_answer: str, lenient: bool = False) -> Verdict | tuple[str, bytes]:
     """The verdict if it takes no algebra, else what to ask a worker. It takes microseconds, fit for an event loop."""
-    gold, answer, status, reason = expected_answer.strip(), None, "no_answer", None
+    gold, answer, verdict = expected_answer.strip(), None, None
     if not gold:
         return Verdict(0.0, "unparsable_gold", reason="expected_answer is empty")
     try:
-        if answer := math_verifier.extract_answer(text, lenient=lenient):
-            status = "correct" if math_verifier.compare(gold, answer) else "wrong"
+        answer = math_verifier.extract_answer(text, lenient=lenient)
+        verdict = math_verdict(gold, answer)
     except math_verifier.NeedsAlgebra:
-        status = "unknown"
-    except math_verifier.UnparsableGold:
-        status, reason = "unparsable_gold", "expected_answer cannot be read"
+        pass
     except Exception as error:  # a bug, or a caller near the recursion limit: not verified, which is not "wrong"
-        status, reason = "timeout", f"{type(error).__name__}: {error}"[:300]
-    if status == "unknown" or (lenient and status != "correct"):
-        row = {"expected_answer": gold.encode(errors="replace").decode(), "lenient": lenient}
-        return text if lenient else answer, msgspec.json.encode(row)
-    return Verdict(float(status == "correct"), status, answer, reason)
+        verdict = Verdict(0.0, "timeout", answer, f"{type(error).__name__}: {error}"[:300])
+    if verdict and (verdict.reward or not lenient):
+        return verdict
+    row = {"expected_answer": gold.encode(errors="replace").decode(), "lenient": lenient}
+    return text if lenient else answer, msgspec.json.encode(row)
 
 
 def verify(response_text: str, expected_answer: str, *, lenient: bool = False) -> Verdict:

@@ -59,18 +59,23 @@ class Verdict:
         return self.status in ("correct", "wrong", "no_answer")
 
 
+def math_verdict(gold: str, answer: str | None, algebra: bool = False) -> Verdict:
+    """The verdict on an extracted answer. Without `algebra`, raises NeedsAlgebra if that is needed."""
+    status, reason = "no_answer", None
+    try:
+        if answer:
+            status = "correct" if math_verifier.compare(gold, answer, algebra) else "wrong"
+    except math_verifier.UnparsableGold:
+        status, reason = "unparsable_gold", "expected_answer cannot be read"
+    return Verdict(float(status == "correct"), status, answer, reason)
+
+
 def algebra(text: str, row: dict[str, Any]) -> Verdict:
     """The verifier "math" in a worker. `text` is an answer that needs algebra, or with a lenient row a response."""
     gold, lenient = row["expected_answer"], row.get("lenient", False)
-    answer, status = math_verifier.extract_answer(text, lenient=True) if lenient else text, "no_answer"
-    try:
-        if answer:
-            status = "correct" if math_verifier.compare(gold, answer, algebra=True) else "wrong"
-    except math_verifier.UnparsableGold:
-        status = "unparsable_gold"
-    if lenient and status != "correct" and (second := math_verifier.second_opinion(gold, text)):
-        status, answer = "correct", second
-    return Verdict(float(status == "correct"), status, answer)
+    verdict = math_verdict(gold, math_verifier.extract_answer(text, lenient=True) if lenient else text, algebra=True)
+    second = math_verifier.second_opinion(gold, text) if lenient and not verdict.reward else None
+    return Verdict(1.0, "correct", second) if second else verdict
 
 
 def load_verifier(name: str) -> Callable[[str, dict[str, Any]], Verdict | float]:

@@ -493,6 +493,20 @@ STRUCTURES = [
 ]
 
 EXPRESSIONS = [
+    # TeX's own fractions
+    (r"\frac{3}{4}", r"{3 \over 4}", True),
+    (r"\frac{3}{4}", r"3 \over 4", True),
+    (r"\frac{3}{4}", r"{3 \over 4 \over 1}", False),
+    (r"a+\frac{b}{c}", r"a+{b \over c}", True),
+    (r"a+\frac{b}{c}", r"{a+b \over c}", False),
+    (r"\frac{ac}{b}", r"{a \over {b \over c}}", True),
+    (r"\frac{1}{6}", r"\frac{1 \over 2}{3}", True),
+    (r"\frac{3}{2}", r"\frac{1}{2 \over 3}", True),
+    # odd roots of what may be negative
+    (r"-\frac{2(x^2+6)}{9(x^2-2)\sqrt[3]{x^2-2}^2}", r"\frac{2}{3(x^2-2)^{2/3}}-\frac{8x^2}{9(x^2-2)^{5/3}}", True),
+    (r"x^{5/3}", r"x\sqrt[3]{x^2}", True),
+    (r"(x-1)^{1/3}", r"(1-x)^{1/3}", False),
+    ("|x|", r"\sqrt[3]{x^3}", False),
     ("2x+3", "3+2x", True),
     ("2x+3", "2y+3", False),
     ("x", "X", False),
@@ -632,6 +646,16 @@ KINDS = [
     ("x < 7", "-x > -7", True),
     ("x < 7", "-x < -7", False),
     ("x <= 7", r"7 \ge x", True),
+    # a solved inequality accepts none that is not solved: it may be the problem's own
+    ("x > 7", "7 < x", True),
+    *[("x > 7", answer, False) for answer in ("x - 7 > 0", "2x > 14", "0 < a - a + x - 7", "x > 7, 2x > 14")],
+    (r"(-\infty,-2)\cup(2,\infty)", "|x| > 2", True),
+    (r"(-\infty,-2)\cup(2,\infty)", "x^2 > 4", False),
+    (r"(7,\infty)", r"\{x \mid 2x > 14\}", False),
+    (r"x \ne 7", r"x - 7 \ne 0", False),
+    ("y > e", "ey > e^2", False),
+    ("2x > 14", "x > 7", True),
+    ("x > 2a", "x - 2a > 0", True),
     ("a > b > c", "c < b < a", True),
     # identities that hold only near 0 or on one side
     ("|x-9|", "9-x", False),
@@ -919,6 +943,7 @@ LENIENT = [
     ("That is $2 \\cdot 5! \\cdot 3! = 1{,}440$.", "1440", "440"),
     ("Thus $x = \\frac{8}{9} \\approx 0.89$.", r"\frac{8}{9}", "0.89"),
     ("The circle is $x^2 + y^2 = 4$.", "x^2+y^2=4", "4"),
+    (r"It is $\boxed{42\}$.", "42", "2"),  # the brace is not closed
 ]
 
 
@@ -955,6 +980,7 @@ def test_lenient_pays_what_peers_pay(text: str, gold: str) -> None:
         (r"\boxed{8 = 7}", "7"),
         (r"<think> It is \boxed{42}. </think> I do not know.", "42"),
         ("We get \\(\n9\n\\)", "9"),
+        (r"\boxed{1, 2, 3}", r"\boxed{1} or so, but \boxed{2} and \boxed{3}"),
     ],
 )
 def test_lenient_refuses_what_is_wrong_for_everybody(text: str, gold: str) -> None:

@@ -4,7 +4,7 @@
 
 LENGTHS: a JSON list; response j of a step's prompt i gets the number of tokens at i * group + j (if it does not end
 before, which a random model does once in some hundred thousand tokens). When an engine has finished its batch, it adds
-a JSON line to TAIL: seconds of the batch, and of them those in which at most 5 % of its responses were unfinished.
+a JSON line to TAIL: seconds of the batch, and of them those in which at most a tenth of its responses were unfinished.
 """
 
 import json
@@ -38,7 +38,7 @@ class ForcedLengths(rollout.RolloutWorker):
         super().__init__(*args)
 
     def generate(self, prompts: list[tuple[int, list[int]]], n: int, *args: Any) -> Iterator[list[rollout.Group]]:
-        self.few, self.few_since, began = len(prompts) * n / 20, None, time.monotonic()
+        self.few, self.few_since, began = len(prompts) * n / 10, None, time.monotonic()
         yield from super().generate(prompts, n, *args)
         ended = time.monotonic()
         with open(TAIL, "a") as file:

@@ -9,7 +9,7 @@ one JSON line, the medians over the steps after the first two (`--warm-up`), and
 place of an earlier run of the same name. Efficiency, MFU and MBU are those of hardware.py. `--lengths`: a JSON list
 with the length of each response of a step instead of one for all, such as benchmarks/lengths.json: 1,024, log-normal
 with a median of 700, cut at 4,096, which 5 % reach. Then `tail_share` is the part of sampling in which an engine had at
-most 5 % of its responses left. After the formulas changed
+most a tenth of its responses left. After the formulas changed
 
     python benchmarks/step_time.py recompute FILE
 

@@ -178,11 +178,14 @@ class Logger:
         """Raise RunError if the loss or the gradient's norm is not finite, after writing all samples of the step."""
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             return
-        path = self.dir / f"failed_step_{self.step}.jsonl"
-        path.write_text("".join(self._row(s, "train") for s in samples))
+        where = ""
+        if samples:
+            path = self.dir / f"failed_step_{self.step}.jsonl"
+            path.write_text("".join(self._row(s, "train") for s in samples))
+            where = f"its answers are in {path}, "
         raise RunError(
             f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {self.step}: not finite; the "
-            f"weights were not changed by it, {f'its answers are in {path}, ' if samples else ''}checkpoints are intact"
+            f"weights were not changed by it, {where}checkpoints are intact"
         )
 
     def _row(self, sample: Any, split: str) -> str:

@@ -248,9 +248,8 @@ class RolloutEngines(Actors):
         super().__init__(RolloutWorker, arguments, cfg, placement, bundles, share, env)
         self.cfg, self.sleeps = cfg, self.on_gpu and colocated.enabled and colocated.sleep
         self.route: Route = "broadcast" if not colocated.enabled else "ipc" if self.on_gpu else "object store"
-        self.policy: list[
-            Any
-        ] = []  # actors that weights come from; in evaluate.py engines read their weights themselves
+        # Actors that weights come from. Without any, as in evaluate.py, engines read their weights themselves.
+        self.policy: list[Any] = []
         self.link: Link | None = None
         self.restarts = 0
 

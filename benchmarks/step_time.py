@@ -160,8 +160,9 @@ def shape_of(model: str) -> Shape:
 def recompute(path: Path) -> None:
     """Efficiency, MFU, MBU and tokens a second of the runs in `path`, with the present formulas; prints what changed.
 
-    Every answer counts as long as the mean, and every sample as trained on: nearly all answers were cut off at the same
-    length, and every group had a signal. That is right to a percent; what differs by less than two is left as it was.
+    Without a list of lengths every answer counts as long as the mean, and every sample as trained on: nearly all
+    answers were cut off at their length, and every group had a signal. That is right to a percent; what differs by less
+    than two is left as it was.
     """
     runs = json.loads(path.read_text())
     for r in runs:
@@ -171,7 +172,10 @@ def recompute(path: Path) -> None:
         cfg = load_config(str(ROOT / "config.yaml"), [*machine, "policy.dtensor_cfg.tensor_parallel_size=1", *apart])
         limits = Limits(cfg, shape, r["device"])
         group, prompts = r.get("group", 16), [r["prompt_tokens"]] * r["samples"]
-        lengths = [i // group for i in range(r["samples"])], prompts, [round(r["mean_gen_tokens"])] * r["samples"]
+        answers = [round(r["mean_gen_tokens"])] * r["samples"]
+        if "lengths" in r:
+            answers = json.loads(Path(__file__).with_name(r["lengths"]).read_text())
+        lengths = [i // group for i in range(r["samples"])], prompts, answers
         metrics = {f"time/{name}_s": r[f"{name}_s"] for name in ("step", "generate", "train")}
         metrics |= limits.generation(*lengths) | limits.training(*lengths)
         tokens = r["samples"] * (r["prompt_tokens"] / group + r["mean_gen_tokens"])

@@ -23,14 +23,8 @@ data/quickstart/train.jsonl: | .venv/installed-$(EXTRA)
 $(RUN)/model: | data/quickstart/train.jsonl
 	$(BIN)/python recipes/quickstart_model.py --data data/quickstart/train.jsonl --output $@
 
-# Two processes at a time, since most tests wait or have one thread; what the second prints comes when the first is done.
-APART := $(foreach name,slurm verifier reward_server prepare_data launch judge models attention docs evaluate,\
-	tests/test_$(name).py)
 test: .venv/installed-$(EXTRA) .venv/installed-dev lint
-	@apart=$$(mktemp); \
-	$(BIN)/python -m pytest -m "not gpu" -o cache_dir=.pytest_cache/apart $(APART) > $$apart 2>&1 & other=$$!; \
-	$(BIN)/python -m pytest -m "not gpu" $(APART:%=--ignore=%); first=$$?; \
-	wait $$other; second=$$?; cat $$apart; rm $$apart; exit $$((first | second))
+	$(BIN)/python -m pytest -m "not gpu"
 
 test-fast: .venv/installed-$(EXTRA) .venv/installed-dev lint
 	$(BIN)/python -m pytest -m "not gpu and not slow"

@@ -151,7 +151,7 @@ def start_ray(cfg: Config, stop: StopRequests) -> Any:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers let every other process go first
-    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # keeps 3 KiB of each call, 100,000 of them
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")  # otherwise Ray keeps 3 KiB of every call
     here = str(Path(__file__).resolve().parent)
     env = {"env_vars": {"PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"}}
     options = {"runtime_env": env, "log_to_driver": False}

@@ -35,7 +35,8 @@ UNREACHABLE = {"reward": 0.0, "status": "unreachable", "extracted_answer": None}
 
 @dataclass
 class Sample:
-    """One response with its reward, on its way to the update."""
+    """One response with its reward, on its way to the update. Arrays have one entry per token: ids are int64,
+    log-probabilities float32, and the mask is bool."""
 
     prompt: int  # number of its prompt in this step; samples of the same prompt are a group
     prompt_ids: np.ndarray

@@ -1,6 +1,7 @@
 """The real script, shortened: what it logs against an independent computation, and what it does when parts die."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -61,12 +62,17 @@ def short_run(forks, warm_model, arithmetic_rows, tmp_path_factory):
 @pytest.mark.slow
 def test_first_step_against_an_independent_computation(short_run, warm_model):
     """Reward, advantages, loss, gradient norm and engine mismatch of step 1 from its saved answers."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, _ = short_run
     metrics = [m for m in read(folder / "logs" / "metrics.jsonl") if m["step"] == 1][0]
     samples = [s for s in read(folder / "logs" / "rollouts.jsonl") if s["step"] == 1 and s["split"] == "train"]
     assert [s["prompt"] for s in samples] == [p for p in range(8) for _ in range(8)]
+    tokenizer = AutoTokenizer.from_pretrained(warm_model)
+    for s in samples:  # each answer has its own reward: whether the prompt's sum is in its box
+        a, b = map(int, re.search(r"(\d+) \+ (\d+)", tokenizer.decode(s["prompt_ids"])).groups())
+        boxed = re.findall(r"\\boxed\{(\d+)\}", s["text"])
+        assert s["reward"] == (bool(boxed) and int(boxed[-1]) == a + b), s["text"]
     rewards = np.array([s["reward"] for s in samples]).reshape(8, 8)
     assert metrics["reward"] == rewards.mean()
     assert 0 < rewards.mean() < 1

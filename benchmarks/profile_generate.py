@@ -6,7 +6,7 @@
 With the keys of recipes/smollm2-arithmetic.yaml. For each number of answers it samples that many, 16 a prompt, to
 prompts of random tokens that share their first 150, and prints the median of five runs: seconds, engine steps (a step
 draws one token of each unfinished answer), milliseconds a step. Every answer gets its full length, so all are in every
-step. Then the longest functions of one more run of the last number.
+step. Then, of one more run each of the last number, the longest functions and on a GPU the longest kernels.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -73,6 +74,14 @@ def main() -> None:
     functions.runcall(sample, counts[-1])
     for order in ("tottime", "cumtime"):
         pstats.Stats(functions).sort_stats(order).print_stats(ROWS)
+    if not args.cpu:
+        steps = 0
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as kernels:
+            sample(counts[-1])
+        times = kernels.key_averages()
+        busy = sum(event.self_device_time_total for event in times)
+        print(f"{counts[-1]} answers: kernels run for {busy / steps / 1e3:.2f} ms a step")
+        print(times.table(sort_by="self_device_time_total", row_limit=ROWS, max_name_column_width=90))
 
 
 if __name__ == "__main__":

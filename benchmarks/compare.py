@@ -138,7 +138,8 @@ def main() -> None:
         (work / "job.json").write_text(json.dumps(job))
         peer = [sys.executable, str(ROOT / "benchmarks" / f"peer_{args.side}.py"), str(work / "job.json")]
         command = our_command(args, job, work) if args.side == "ours" else peer
-        ended = run_for(command, args.seconds, args.output / f"{args.side}.log", args.peer_path)
+        path = os.environ.get("PYTHONPATH", "") if args.side == "ours" else args.peer_path
+        ended = run_for(command, args.seconds, args.output / f"{args.side}.log", path)
         print(f"{args.side}: {ended} after {time.time() - began:.0f} s", flush=True)
         if args.side == "ours":
             versions, steps = environment(), our_steps(work / "metrics.jsonl")

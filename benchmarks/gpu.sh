@@ -54,8 +54,8 @@ trl) # the arithmetic job here and in TRL
 peers) # Qwen3-0.6B's geometry here, in TRL and in verl (whose packages have to be on PYTHONPATH)
     geometry=(--geometry qwen3-0.6b --steps 6 --seconds 560)
     "$python" benchmarks/compare.py ours "$models/qwen3-0.6b" "$out" "${geometry[@]}"
-    "$python" benchmarks/compare.py trl "$models/qwen3-0.6b" "$out" "${geometry[@]}" --micro-batch 32
-    "$python" benchmarks/compare.py verl "$models/qwen3-0.6b" "$out" "${geometry[@]}" --micro-batch 24576 ;;
+    "$python" benchmarks/compare.py trl "$models/qwen3-0.6b" "$out" "${geometry[@]}" --micro-batch 64
+    "$python" benchmarks/compare.py verl "$models/qwen3-0.6b" "$out" "${geometry[@]}" --micro-batch 49152 ;;
 lengths) # a long tail, 64 prompts x 16; KV cache for nearly all that run at once
     speed qwen3-1.7b qwen3-1.7b-lengths --lengths benchmarks/lengths.json --steps 3 --warm-up 1 --timeout-s 500 \
         policy.generation.vllm_cfg.kv_cache_memory_bytes=34359738368 ;;

@@ -288,10 +288,13 @@ class RewardServer:
                 for index, row in left:
                     results[index] = await self.finish(results[index], row)
 
-            lanes = 32 if self.judge else max(1, self.pool.size - 1)
+            async def all_lanes() -> None:
+                lanes = 32 if self.judge else max(1, self.pool.size - 1)
+                await asyncio.gather(*(lane() for _ in range(lanes)))
+
             async with self.places:
                 with QUEUED.track_inprogress():
-                    await while_connected(request, asyncio.gather(*(lane() for _ in range(lanes))))
+                    await while_connected(request, all_lanes())
         for verdict in results:
             VERDICTS.labels(verdict.status).inc()
         fields = [{"reward": v.reward, "status": v.status, "extracted_answer": v.extracted_answer} for v in results]

@@ -420,6 +420,8 @@ def test_a_slow_batch_locks_nobody_out() -> None:
             assert server.metric("reward_server_queue_depth") == 1
         assert wait_until(lambda: server.metric("reward_server_in_flight") == 0, 3)
         assert server.request("POST", "/verify_batch", body)[2]["results"][0]["reward"] == 1.0
+        server.process.terminate()
+        assert server.process.communicate(timeout=20)[1] == ""  # nothing is said about the batch that was dropped
 
 
 def raw_request(server: Server, *parts: bytes) -> bytes:

@@ -805,7 +805,7 @@ def _verify_all(rows: Iterable[tuple[str, str]]) -> list[Verdict]:
 
 @functools.cache
 def _patient_pool() -> WorkerPool:
-    return WorkerPool("math", 2, deadline=10)
+    return WorkerPool("math", 2, deadline=60)
 
 
 @pytest.fixture(scope="module")

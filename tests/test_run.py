@@ -1,13 +1,14 @@
 """The real script, shortened: what it logs against an independent computation, and what it does when parts die."""
 
 import json
+import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import psutil
 import pytest
@@ -186,14 +187,11 @@ def evaluation(short_run: tuple, rows: Path, output: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(short_run, arithmetic_rows) -> tuple[Path, str]:
+def evaluated(forks, short_run, arithmetic_rows) -> tuple[Path, str]:
     """Folder and output of evaluate.py with two engines."""
     folder, _ = short_run
     given = evaluation(short_run, arithmetic_rows, folder / "evaluation")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "evaluate.py"), *given, "--engines", "2"],
-        capture_output=True, text=True, timeout=600, cwd=folder,
-    )  # fmt: skip
+    done = forked.run([str(ROOT / "evaluate.py"), *given, "--engines", "2"], folder, dict(os.environ), timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "evaluation", done.stdout
 

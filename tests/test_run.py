@@ -1,14 +1,13 @@
 """The real script, shortened: what it logs against an independent computation, and what it does when parts die."""
 
 import json
-import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-import forked
 import numpy as np
 import psutil
 import pytest
@@ -187,11 +186,14 @@ def evaluation(short_run: tuple, rows: Path, output: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(forks, short_run, arithmetic_rows) -> tuple[Path, str]:
+def evaluated(short_run, arithmetic_rows) -> tuple[Path, str]:
     """Folder and output of evaluate.py with two engines."""
     folder, _ = short_run
     given = evaluation(short_run, arithmetic_rows, folder / "evaluation")
-    done = forked.run([str(ROOT / "evaluate.py"), *given, "--engines", "2"], folder, dict(os.environ), timeout=600)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), *given, "--engines", "2"],
+        capture_output=True, text=True, timeout=600, cwd=folder,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "evaluation", done.stdout
 

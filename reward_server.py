@@ -288,7 +288,7 @@ class RewardServer:
                 for index, row in left:
                     results[index] = await self.finish(results[index], row)
 
-            async def all_lanes() -> None:
+            async def all_lanes() -> None:  # a bare `gather` would complain on stderr when the client leaves
                 lanes = 32 if self.judge else max(1, self.pool.size - 1)
                 await asyncio.gather(*(lane() for _ in range(lanes)))
 

@@ -94,11 +94,7 @@ def test_compiles_once():
     compiled = torch.compile(shared, backend=compilations, dynamic=True)
     for lengths in ([(7, [3, 9, 2, 5]), (5, [4])], [(30, [40] * 5)], []):  # no two sizes of the first are the same
         mb, _ = micro_batches(lengths)
-        kind = {
-            "dtype": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-            "head_dim": 16,
-            "heads": (2, 1),
-        }
+        kind = {"dtype": torch.bfloat16 if torch.cuda.is_available() else torch.float32, "head_dim": 16}
         got, want = values_and_gradients(compiled, mb, **kind), values_and_gradients(shared, mb, **kind)
         for x, y in zip(got, want, strict=True):
             assert torch.equal(x, y)

@@ -5,7 +5,6 @@ ranks, as the driver sees them.
 """
 
 import math
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +28,7 @@ from transformers import AutoTokenizer
 from config import Config, PolicyCfg
 from launch import Actors
 from model import MicroBatch, Sequences, add_partial_gradients, build_model, pack, tensors_of
-from refit import WeightSender, full
+from refit import WeightSender, full, store_at
 
 WARM_UP_TOKENS = 2048  # like a real batch: torch.compile tunes sums over tokens for the first number of tokens it sees
 SCALE_STEPS = 2000  # float16: the loss scale doubles after so many steps without an overflow, as in torch's GradScaler
@@ -51,6 +50,7 @@ class PolicyWorker(WeightSender):
         self.cfg, self.rank, self.world_size, self.timeout_s = cfg, rank, world_size, timeout_s
         self.keep_reference = keep_reference
         self.device, self.dtype = torch.device(device), getattr(torch, cfg.precision)
+        self.stores: list[dist.TCPStore] = []  # at the addresses that were given out
         self.steps_done = 0
         self.kernels = self.device.type == "cuda" and cfg.precision != "float32"
         if self.device.type == "cpu":
@@ -70,17 +70,20 @@ class PolicyWorker(WeightSender):
         return properties.name, properties.total_memory
 
     def address(self) -> str:
-        """host:port for a process group; asked of rank 0 only."""
-        with socket.socket() as s:
-            s.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
+        """host:port of a new store for a process group; asked of rank 0 only.
+
+        It is served from here on, so that no other process can be given this port before the group is made.
+        """
+        host, timeout = ray.util.get_node_ip_address(), timedelta(seconds=self.timeout_s)
+        self.stores.append(dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout))
+        return f"{host}:{self.stores[-1].port}"
 
     def setup(self, address: str) -> None:
         """Join the process group and load the model."""
         tp, timeout = self.cfg.dtensor_cfg.tensor_parallel_size, timedelta(seconds=self.timeout_s)
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}",
+            store=store_at(address, timeout),
             rank=self.rank,
             world_size=self.world_size,
             timeout=timeout,

@@ -26,6 +26,12 @@ Route = Literal["ipc", "object store", "broadcast"]
 Buckets = list[list[tuple[str, torch.Size]]]  # for each bucket the (Hugging Face name, shape) of its weights
 
 
+def store_at(address: str, timeout: timedelta) -> dist.TCPStore:
+    """Connect to the store at host:port, which the process that gave this address out already serves."""
+    host, _, port = address.rpartition(":")
+    return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+
+
 def full(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The whole of a weight. If it is sharded, all ranks must call this, and its shards travel as `dtype`."""
     weight = weight.detach()
@@ -46,13 +52,12 @@ class Refitting:
     shared: torch.Tensor | None = None
 
     def join_broadcast(self, address: str, rank: int, size: int) -> None:
-        """Join the group of the policy's rank 0 (`rank` 0 here) and the first engine of each GPU.
+        """Join the group of the policy's rank 0 (`rank` 0 here) and the first engine of each GPU, `size` members.
 
-        It blocks until all `size` members have joined, for at most `timeout_s`.
+        gloo waits here for the others and NCCL in the first broadcast, for at most `timeout_s`.
         """
-        host, _, port = address.rpartition(":")
         timeout = timedelta(seconds=self.timeout_s)
-        store = dist.PrefixStore("refit", dist.TCPStore(host, int(port), size, is_master=rank == 0, timeout=timeout))
+        store = dist.PrefixStore("refit", store_at(address, timeout))
         if self.device.type == "cpu":
             self.group = dist.ProcessGroupGloo(store, rank, size, timeout)
             return

@@ -11,7 +11,6 @@ import argparse
 import cProfile
 import os
 import pstats
-import socket
 import sys
 import tempfile
 import time
@@ -72,10 +71,7 @@ def main() -> None:
             ],
         )  # fmt: skip
         worker = PolicyWorker(cfg.policy, 0, 1, "cpu" if args.cpu else "cuda:0", 300.0)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        worker.setup(f"127.0.0.1:{port}")
+        worker.setup(worker.address())
         shape = Shape.of(model)
     if not args.cpu:
         worker.warm_up(WARM_UP_TOKENS)

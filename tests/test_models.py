@@ -9,6 +9,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from config import ConfigError, load_config
 from launch import explain
 from model import LogprobModel, MicroBatch, Sequences, add_partial_gradients, build_model, switch_off_dropout
 from policy import PolicyWorker
+from refit import store_at
 from supported import check_model, fault_of_packing, first_layers
 
 pytestmark = pytest.mark.slow
@@ -247,7 +249,7 @@ def test_every_type_is_trained_rightly_or_refused(found):
 def tensor_parallel_rank(rank: int, address: str, folder: Path, kinds: list[str]) -> None:
     """Gradients of each model over two ranks against those of one, as a policy worker builds them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://{address}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=store_at(address, timedelta(seconds=120)), rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     for kind in kinds:
         model = build_model(policy_of(folder / kind, tensor_parallel_size=2), mesh, torch.device("cpu"))

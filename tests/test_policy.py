@@ -2,9 +2,9 @@
 
 import functools
 import math
-import socket
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ import train_grpo
 from config import load_config
 from model import MicroBatch, Sequences
 from policy import PolicyWorker, clip_gradients
-from refit import full
+from refit import full, store_at
 from reward_client import Sample
 from train_grpo import grpo_loss, update_policy
 
@@ -57,10 +57,12 @@ def counts(batch: Sequences) -> dict[str, float]:
     }
 
 
+STORES = []  # kept, so that each serves its address
+
+
 def free_address() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{s.getsockname()[1]}"
+    STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    return f"127.0.0.1:{STORES[-1].port}"
 
 
 def whole(weight):
@@ -669,7 +671,8 @@ def test_sequences_by_prompt(drawn, limit):
 def rank_that_loads(rank, address, cfg, most):
     """Fails if this process grows by more than `most` bytes while it loads its part of the model."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://{address}", rank=rank, world_size=2)
+    store = store_at(address, timedelta(seconds=120))
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
     Path("/proc/self/clear_refs").write_text("5")  # from here on Linux notes the peak anew
 

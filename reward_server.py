@@ -46,7 +46,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import math_verifier
 from llm_judge import Judge
-from verifier_pool import Verdict, WorkerPool, load_verifier, math_verdict
+from verifier_pool import PATIENCE, Verdict, WorkerPool, load_verifier, math_verdict
 
 MAX_BATCH = 4_096
 MAX_BODY_BYTES = 32 << 20
@@ -403,7 +403,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=between(0, 65_535, int), default=8000, help="0 picks a free port")
     add("--workers", type=between(1, 256, int), default=workers, help="worker processes")
-    add("--deadline", type=between(0.05, 600), default=1.0, help="seconds that a worker may take for one answer")
+    add("--deadline", type=between(0.05, 600), default=1.0, help="seconds of CPU that a worker may take for one answer")
     add("--max-queue", type=between(1, 1e6, int), default=1_024, help="batches that may wait for workers before 429")
     add("--verifier", default="math", help="math, or your own: module.function or path/to/file.py:function")
     add("--extraction", choices=["strict", "lenient"], default="strict", help="lenient: also what is not boxed")
@@ -446,7 +446,7 @@ def main(argv: list[str] | None = None) -> None:
         log_level="error",
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(args.deadline + (args.judge_deadline if judge else 0)) + 5,
+        timeout_graceful_shutdown=int(PATIENCE * args.deadline + (args.judge_deadline if judge else 0)) + 5,
     )
     for number in (signal.SIGTERM, signal.SIGINT):  # before uvicorn takes over, and again when it is done
         signal.signal(number, lambda *_: sys.exit(0))

@@ -6,7 +6,9 @@ r"""Processes that compute one verdict at a time and are killed at a deadline, w
     this process --socket--> nursery: imports sympy and the verifier once, then forks a worker for each request
          \--socket per worker--> worker: reads [text, row], calls verifier(text, row), replies; all in lines of JSON
 
-- A worker that misses the deadline is killed with SIGKILL; to fork another costs milliseconds.
+- A worker that computes for longer than the deadline is killed; to fork another costs milliseconds. The deadline is in
+  seconds of CPU, so that a busy machine loses no verdict; one that sleeps or stops has `PATIENCE` times that by the
+  clock.
 - A worker has a memory limit, writes no file, opens no socket, starts no program, and does not see the environment.
 - The nursery and all workers end with this process, however it ends (or as soon as the nursery's imports are done). If
   the nursery dies or stops, another is started. `multiprocessing`'s forkserver does none of this, imports the caller's
@@ -38,6 +40,7 @@ import math_verifier
 
 START_SECONDS = 60.0  # for the nursery's imports
 FORK_SECONDS = 5.0
+PATIENCE = 5  # times the deadline, by the clock
 MEMORY_MB = 1_024
 MAX_GROWTH_MB = 256  # after which a worker is replaced
 STATUSES = ("correct", "wrong", "no_answer", "unparsable_gold", "timeout", "judge_failed")
@@ -117,17 +120,19 @@ class WorkerPool:
         try:
             if worker is None or wait([worker.connection], 0):  # an idle worker whose socket has something is dead
                 worker = self._fork()
-            worker.connection.settimeout(self.deadline)
+            worker.connection.settimeout(PATIENCE * self.deadline)
             worker.connection.sendall(b"[%s, %s]\n" % (json.dumps(text).encode(), row.replace(b"\n", b" ")))
             return Verdict(**json.loads(worker.lines.readline()))
         except TimeoutError:
             self.kills += 1
             os.kill(worker.pid, signal.SIGKILL)
             worker.connection.shutdown(socket.SHUT_RDWR)
-            return Verdict(0.0, "timeout", reason=f"it took longer than {self.deadline:g} s")
+            return Verdict(0.0, "timeout", reason=f"it took longer than {PATIENCE * self.deadline:g} s by the clock")
         except (OSError, ValueError):
             self.kills += 1
-            return Verdict(0.0, "timeout", reason="the worker died, out of memory or killed")
+            return Verdict(
+                0.0, "timeout", reason=f"the worker died: {self.deadline:g} s of CPU, out of memory, or killed"
+            )
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             return Verdict(0.0, "timeout", reason=str(error))
         finally:
@@ -196,12 +201,14 @@ def work(connection: socket.socket, verifier: Callable[..., Any], deadline: floa
     limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + (MAX_GROWTH_MB << 10)
     reply = str(os.getpid()).encode()
     while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < limit:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         stream.write(reply + b"\n")
         stream.flush()
         line = stream.readline()
-        # If nobody else is left to kill this process, the kernel does, even inside a C call.
-        signal.setitimer(signal.ITIMER_REAL, 2 * deadline + 1)
+        # The kernel kills this process, even inside a C call: the first for its CPU, the other if nobody else is left.
+        signal.setitimer(signal.ITIMER_PROF, deadline)
+        signal.setitimer(signal.ITIMER_REAL, 2 * PATIENCE * deadline + 1)
         reply = answer_line(verifier, line)
 
 

@@ -23,8 +23,15 @@ data/quickstart/train.jsonl: | .venv/installed-$(EXTRA)
 $(RUN)/model: | data/quickstart/train.jsonl
 	$(BIN)/python recipes/quickstart_model.py --data data/quickstart/train.jsonl --output $@
 
+# Two processes at a time, since most tests wait or have one thread: these files beside all others, which take as long.
+# What they print comes when the others are done. Ctrl-C and SIGTERM stop both: each has a process group of its own.
+BESIDE := $(foreach name,slurm launch judge models verifier attention reward_server reward_client prepare_data,\
+	tests/test_$(name).py)
 test: .venv/installed-$(EXTRA) .venv/installed-dev lint
-	$(BIN)/python -m pytest -m "not gpu"
+	@set -m; trap 'kill -INT -- -$$one -$$two' INT TERM; printed=$$(mktemp); \
+	$(BIN)/python -m pytest -m "not gpu" $(BESIDE) < /dev/null > $$printed 2>&1 & two=$$!; \
+	$(BIN)/python -m pytest -m "not gpu" $(BESIDE:%=--ignore=%) < /dev/null & one=$$!; \
+	wait $$one; first=$$?; wait $$two; second=$$?; wait; cat $$printed; rm $$printed; exit $$((first | second))
 
 test-fast: .venv/installed-$(EXTRA) .venv/installed-dev lint
 	$(BIN)/python -m pytest -m "not gpu and not slow"

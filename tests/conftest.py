@@ -1,6 +1,7 @@
 """Fixtures: tiny random models made by the quickstart's own script, and configurations that run them."""
 
 import copy
+import fcntl
 import gc
 import hashlib
 import json
@@ -93,13 +94,15 @@ def untied_model(arithmetic_rows, tmp_path_factory) -> Path:
 def warm_model(arithmetic_rows, pytestconfig) -> Path:
     """The quickstart's own warm-up on sums up to 6 + 6, where it takes seconds: right about one time in three.
 
-    Kept in pytest's cache, by what it is made from.
+    Kept in pytest's cache, by what it is made from. Of two processes of tests one makes it and the other waits.
     """
     script, data = ROOT / "recipes" / "quickstart_model.py", arithmetic_rows / "train.jsonl"
     made_from = hashlib.sha256(script.read_bytes() + data.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     folder = pytestconfig.cache.mkdir("warm_model") / made_from
     command = [sys.executable, str(script), "--data", str(data), "--output", str(folder)]  # does nothing a second time
-    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(command, check=True, capture_output=True, timeout=600)
     return folder
 
 

@@ -358,10 +358,11 @@ def test_training_on_math_through_a_gym_agent(gym, quickstart_overrides, warm_mo
     samples = [json.loads(line) for line in (tmp_path / "logs" / "rollouts.jsonl").open()]
     assert sum(s["split"] == "train" for s in samples) == 3 * 16
     for m in steps[1:]:
-        assert m["gen_kl_error"] < 1e-10
+        assert m.get("gen_kl_error", 0) < 1e-10  # not there if all 16 rewards are the same, as now and then
         assert (m["num_unverified"], m["mean_turns"], m["num_masked_tokens"]) == (0, 1, 0)
         mine = [s for s in samples if s["step"] == m["step"] and s["split"] == "train"]
         assert m["reward"] == np.mean([s["reward"] for s in mine])
+    assert "gen_kl_error" in steps[1]
     assert {s["reward"] for s in samples} == {0.0, 1.0}
     with socket.create_server((gym["policy"].split(":")[0], int(gym["policy"].split(":")[1]))):
         pass  # nobody listens there any more

@@ -194,7 +194,3 @@ class Link:
                 readers = self.gpus.count(gpu) - 1 if first == i else 0
             loads.append(engine.load_weight_bucket.remote(index, message, readers))
         return loads
-
-    def make_room(self) -> None:
-        """Let the policy give unused memory back to the GPU, for the engine that wakes there."""
-        self._wait([w.empty_cache.remote() for w in self.policy])

@@ -303,12 +303,15 @@ class RolloutEngines(Actors):
         print(f"rollout engine {i} died, starting it again ({why})", file=sys.stderr, flush=True)
         self.restarts += 1
         ray.kill(self.workers[i])  # Ray may only have lost sight of it
-        # This makes room. If the node is lost, with a policy rank on it, this raises the error that ends the run.
-        ray.get([w.empty_cache.remote() for w in self.policy], timeout=self.timeout_s)
+        self.make_room()
         self.workers[i] = self.starters[i]()
         if self.policy:
             Link(self.policy, [self.workers[i]], [self.cfg.engine_bundles[i]], self.route, self.timeout_s).refit()
             self.link = None  # it holds the dead engine: the next refit makes a new one
+
+    def make_room(self) -> None:
+        """Let the policy give unused memory back. Raises RayActorError, which ends the run, if it lost a rank."""
+        ray.get([w.empty_cache.remote() for w in self.policy], timeout=self.timeout_s)
 
     def replace_dead(self) -> None:
         """Replace engines that died while nothing was asked of them."""
@@ -324,6 +327,7 @@ class RolloutEngines(Actors):
             try:
                 return work()
             except RayActorError:
+                self.make_room()  # first, since an engine does not answer while it waits for a lost rank's weights
                 self.replace_dead()
         return work()
 
@@ -340,9 +344,9 @@ class RolloutEngines(Actors):
         if not self.link:
             self.link = Link(self.policy, self.workers, self.cfg.engine_bundles, self.route, self.timeout_s)
         if self.sleeps:
-            self.link.make_room()
+            self.make_room()
             self.all("wake_up", "weights")
         self.link.refit()
         if self.sleeps:
-            self.link.make_room()
+            self.make_room()
             self.all("wake_up", "kv_cache")

@@ -247,6 +247,12 @@ def test_each_engine_gets_a_handle_of_its_own(started):
         def got(self):
             return self.taken, self.joined
 
+        def empty_cache(self):
+            pass
+
+        def ready(self):
+            return True
+
         def hang(self):
             threading.Event().wait()
 
@@ -260,9 +266,17 @@ def test_each_engine_gets_a_handle_of_its_own(started):
     link.timeout_s = 1
     with pytest.raises(ray.exceptions.GetTimeoutError) as late:
         link.refit()
+    assert "did not answer within cluster.timeout_s" in explain(late.value)
+    # A node is lost, with rank 1 and engine 0: rank 0 waits for rank 1's shards, and engine 4 for rank 0's bucket.
+    lost = RolloutEngines.__new__(RolloutEngines)
+    lost.policy, lost.workers, lost.timeout_s = ranks, engines[::-1], 60
+    ranks[0].hang.remote()
+    ray.kill(ranks[1])
+    ray.kill(engines[0])
+    with pytest.raises(ray.exceptions.RayActorError):  # not GetTimeoutError
+        lost.surviving(lambda: ray.get(engines[0].got.remote(), timeout=60))
     for side in ranks + engines:
         ray.kill(side)
-    assert "did not answer within cluster.timeout_s" in explain(late.value)
 
 
 @pytest.mark.slow

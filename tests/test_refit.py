@@ -271,8 +271,10 @@ def test_each_engine_gets_a_handle_of_its_own(started):
     lost = RolloutEngines.__new__(RolloutEngines)
     lost.policy, lost.workers, lost.timeout_s = ranks, engines[::-1], 60
     ranks[0].hang.remote()
-    ray.kill(ranks[1])
-    ray.kill(engines[0])
+    for side in (ranks[1], engines[0]):
+        ray.kill(side)
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(side.hang.remote(), timeout=60)  # it is dead now
     with pytest.raises(ray.exceptions.RayActorError):  # not GetTimeoutError
         lost.surviving(lambda: ray.get(engines[0].got.remote(), timeout=60))
     for side in ranks + engines:

@@ -130,9 +130,8 @@ class WorkerPool:
             return Verdict(0.0, "timeout", reason=f"it took longer than {PATIENCE * self.deadline:g} s by the clock")
         except (OSError, ValueError):
             self.kills += 1
-            return Verdict(
-                0.0, "timeout", reason=f"the worker died: {self.deadline:g} s of CPU, out of memory, or killed"
-            )
+            reason = f"the worker used up {self.deadline:g} s of CPU or its memory, or was killed"
+            return Verdict(0.0, "timeout", reason=reason)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             return Verdict(0.0, "timeout", reason=str(error))
         finally:
@@ -201,12 +200,12 @@ def work(connection: socket.socket, verifier: Callable[..., Any], deadline: floa
     limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + (MAX_GROWTH_MB << 10)
     reply = str(os.getpid()).encode()
     while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < limit:
-        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         stream.write(reply + b"\n")
         stream.flush()
         line = stream.readline()
-        # The kernel kills this process, even inside a C call: the first for its CPU, the other if nobody else is left.
+        # The kernel kills this process, even inside a C call: when it has computed for too long, or long after the pool
+        # should have killed it.
         signal.setitimer(signal.ITIMER_PROF, deadline)
         signal.setitimer(signal.ITIMER_REAL, 2 * PATIENCE * deadline + 1)
         reply = answer_line(verifier, line)

@@ -1,7 +1,7 @@
 """The same updates on one GPU, with FSDP over two and with tensor parallel over two: losses, norms, log-probabilities.
 
     python benchmarks/agreement.py GEOMETRY [--results FILE] [--model-folder FOLDER] [--cpu] [--answer-tokens 350]
-        [--prompts 4] [--group 8] [--only "FSDP 2,tensor parallel 2"] [section.key=value ...]
+        [--prompts 4] [--group 8] [--only "FSDP 2" --only ...] [section.key=value ...]
 
 Random weights of a geometry of step_time.py and one fixed batch of random answers; two optimizer steps, with the
 seconds of the second. The yardstick is how far bfloat16 is from float32 on one GPU, and one GPU from itself with other
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--answer-tokens", type=int, default=350)
-    parser.add_argument("--only", type=lambda names: names.split(","), default=list(SETTINGS))
+    parser.add_argument("--only", action="append", choices=SETTINGS)
     args, overrides = parser.parse_known_args()
     batch = random_batch(GEOMETRIES[args.geometry][6], args.prompts, args.group, args.answer_tokens)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +122,7 @@ def main() -> None:
         if not (model / "tokenizer.json").exists():
             make_model(args.geometry, model)
         found = {}
-        for name in args.only:
+        for name in args.only or SETTINGS:
             ranks, own = SETTINGS[name]
             try:
                 found[name] = measure(model, batch, ranks, args.cpu, [*own, *overrides])
@@ -133,13 +133,8 @@ def main() -> None:
                 print("\n".join(lines), flush=True)
                 if args.results:  # after each: what comes later may be stopped by a time limit
                     runs = {n: {k: v for k, v in r.items() if k != "logprobs"} for n, r in found.items()}
-                    report = {"model": args.geometry, **environment(), "overrides": overrides}
-                    report |= {
-                        "prompts": args.prompts,
-                        "group": args.group,
-                        "answer_tokens": args.answer_tokens,
-                        "runs": runs,
-                    }
+                    shape = {"prompts": args.prompts, "group": args.group, "answer_tokens": args.answer_tokens}
+                    report = {"model": args.geometry, **environment(), "overrides": overrides, **shape, "runs": runs}
                     args.results.write_text(json.dumps(report | {"table": lines}, indent=1) + "\n")
 
 

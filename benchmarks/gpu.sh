@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Regenerate the GPU results, a part at a time (each has its own time limit: one failure does not cost the rest):
 #   bash benchmarks/gpu.sh PART MODEL_FOLDER OUTPUT_FOLDER
-# PART: tests | arithmetic | engines | variants | baseline | mismatch | trl | peers | lengths | profile | speed | speed-4b | two | recipe | node.
+# PART: tests | arithmetic | start | engines | variants | baseline | mismatch | trl | peers | lengths | profile | speed |
+#       speed-4b | two | long | recipe | node.
 # MODEL_FOLDER: SmolLM2-135M-Instruct.
-# speed-4b and lengths need one GPU with 141 GB, two and recipe need two, node takes all there are, the others one with 80 GB.
+# speed-4b and lengths need one GPU with 141 GB, two, long and recipe need two, node takes all there are, the others one with 80 GB.
 set -uo pipefail
 part=$1 model=$2 out=$3
 python=${PYTHON:-python3}
@@ -19,14 +20,23 @@ speed() { # GEOMETRY NAME [arguments and overrides...]
         --model-folder "$models/$geometry" "$@" > "$out/$name.txt" 2>&1 || echo "$name failed, see $out/$name.txt"
     tail -n 1 "$out/$name.txt"
 }
-agreement() { # GEOMETRY: one GPU, FSDP 2 and tensor parallel 2 on the same batch
-    timeout 580 "$python" benchmarks/agreement.py "$1" --results "$out/agreement-$1.json" \
-        --model-folder "$models/$1" 2>&1 | tail -n 8
+agreement() { # GEOMETRY NAME [arguments and overrides...]: one GPU, FSDP 2 and tensor parallel 2 on the same batch
+    timeout 580 "$python" benchmarks/agreement.py "$1" --results "$out/agreement-$2.json" \
+        --model-folder "$models/$1" "${@:3}" 2>&1 | tail -n 8
 }
 apart=(policy.generation.colocated.enabled=false policy.generation.colocated.resources.gpus_per_node=1)
 case $part in
 tests) timeout 580 "$python" -m pytest -m gpu 2>&1 | tee "$out/tests.txt" ;;
 arithmetic) timeout 580 bash benchmarks/smollm2_arithmetic.sh "$model" "$out" ;;
+start) # twice: without compile caches, if there are none, and with them
+    data=$(mktemp -d)
+    "$python" prepare_data.py arithmetic --output "$data" --kinds add,mul,add_mul --min-operand 10 --max-operand 99 \
+        --max-factor 9 --solved-examples 3 --answer-style worked > /dev/null
+    for n in 1 2; do
+        timeout 280 "$python" benchmarks/start.py --config recipes/smollm2-arithmetic.yaml policy.model_name="$model" \
+            data.train_jsonl_fpath="$data/train.jsonl" data.validation_jsonl_fpath=null checkpointing.enabled=false \
+            logger.log_dir="$out/start-$n" grpo.max_num_steps=2 > "$out/start-$n.txt" 2>&1
+    done ;;
 engines) # how many engines on the GPU pay for a model this small?
     for n in 1 3 5; do
         timeout 180 bash benchmarks/smollm2_arithmetic.sh "$model" "$out/engines-$n" grpo.max_num_steps=30 \
@@ -66,12 +76,18 @@ speed-4b) speed qwen3-4b qwen3-4b-1 ;;
 two) # one GPU as the yardstick, then two with twice the batch, FSDP and tensor parallel, and engines apart
     speed qwen3-1.7b qwen3-1.7b-1
     speed qwen3-1.7b qwen3-1.7b-2 --gpus 2 --prompts 64
-    agreement qwen3-4b
+    agreement qwen3-4b qwen3-4b
     speed qwen3-4b qwen3-4b-fsdp-2 --gpus 2
     speed qwen3-4b qwen3-4b-tp-2 --gpus 2 policy.dtensor_cfg.tensor_parallel_size=2
     speed qwen3-1.7b qwen3-1.7b-apart --gpus 2 "${apart[@]}"
     speed qwen3-1.7b qwen3-1.7b-one-step-off --gpus 2 "${apart[@]}" grpo.async_one_step_off=true \
         loss_fn.use_importance_sampling_correction=true loss_fn.truncated_importance_sampling_ratio=2 ;;
+long) # when does tensor parallelism pay?
+    split=(--only "FSDP 2" --only "tensor parallel 2" policy.dtensor_cfg.compile_layers=true
+        policy.dtensor_cfg.reshard_after_forward=false)
+    agreement qwen3-4b qwen3-4b-4096 --answer-tokens 3946 "${split[@]}" policy.sequence_packing.train_mb_tokens=16384
+    agreement qwen3-4b qwen3-4b-32768 --answer-tokens 32618 --prompts 2 --group 4 "${split[@]}" \
+        policy.sequence_packing.train_mb_tokens=32768 ;;
 recipe) # the tutorial's shape: 4 prompts, 3 steps, tensor parallel 2, activation checkpointing, 32,768 tokens
     speed qwen3-4b qwen3-4b-recipe --gpus 2 --prompts 4 --steps 3 --answer-tokens 1024 \
         policy.max_total_sequence_length=32768 policy.sequence_packing.train_mb_tokens=32768 \

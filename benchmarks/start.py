@@ -7,11 +7,11 @@ is the start of its process; Ray starts some before they are asked for. With VLL
 come in between, which have the seconds of compiling and of recording CUDA graphs.
 """
 
+import gc
 import os
 import sys
 import tempfile
 import time
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 BEGAN = psutil.Process().create_time()
-POINTS = tempfile.mktemp(suffix=".txt")  # Ray carries these names to the actors
+POINTS = tempfile.mkstemp(suffix=".txt")[1]  # Ray carries this name and the time above to the actors
 
 
 def reached(process: str, point: str, at: float | None = None) -> None:
@@ -42,6 +42,7 @@ class TimedEngine(RolloutWorker):
         reached(name, "torch and this project imported")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        gc.disable()  # as RolloutWorker does for this import
         from vllm import LLM  # noqa: F401
 
         reached(name, "vLLM imported")
@@ -69,15 +70,13 @@ class TimedPolicy(PolicyWorker):
 TIMED = {RolloutWorker: TimedEngine, PolicyWorker: TimedPolicy}
 
 
-def timed(holder: Any, name: str, before: str | None, after: str) -> None:
+def timed(holder: Any, name: str, point: str) -> None:
+    """Let the driver reach `point` whenever the function `name` of `holder` returns."""
     function = getattr(holder, name)
 
-    @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if before:
-            reached("driver", before)
         found = function(*args, **kwargs)
-        reached("driver", after)
+        reached("driver", point)
         return found
 
     setattr(holder, name, wrapper)
@@ -87,11 +86,11 @@ def main() -> None:
     reached("driver", "imported")
     of_actors = Actors.__init__
     Actors.__init__ = lambda self, worker, *args: of_actors(self, TIMED[worker], *args)
-    timed(train_grpo, "Rows", None, "rows read")
-    timed(train_grpo, "start_ray", None, "Ray started")
-    timed(train_grpo.Policy, "gpu", None, "the policy's process answers")
-    timed(train_grpo, "check_refit", None, "first refit done and checked")
-    timed(train_grpo, "train_step", None, "step done")
+    timed(train_grpo, "Rows", "rows read")
+    timed(train_grpo, "start_ray", "Ray started")
+    timed(train_grpo.Policy, "gpu", "the policy's process answers")
+    timed(train_grpo, "check_refit", "first refit done and checked")
+    timed(train_grpo, "train_step", "step done")
     sys.argv[1:] = ["grpo.max_num_steps=1", "grpo.val_at_start=false", "grpo.val_period=0", *sys.argv[1:]]
     try:
         train_grpo.main()

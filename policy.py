@@ -5,6 +5,7 @@ ranks, as the driver sees them.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,28 @@ SUM = (torch.add, dist.ReduceOp.SUM)
 STEP_FACTS = ("loss", "grad_norm", "lr", "micro_batches", "loss_scale")  # metrics that are no means over tokens
 
 # ---------------------------------------------------------------- one rank
+
+
+def gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+    """torch's collectives on the CPU, run by one thread, one after the other.
+
+    torch's own choice is two threads. In 2.13 both write down what they finished last without a lock: where gathers
+    follow each other closely they free the same memory, and the process dies (`ProcessGroupGloo::runLoop`).
+    """
+    group, interfaces = dist.ProcessGroupGloo, os.environ.get("GLOO_SOCKET_IFNAME", "")
+    options, asked = group._Options(), [group.create_device(interface=i) for i in interfaces.split(",") if i]
+    options._devices = asked or [group.create_default_device()]
+    options._threads, options._timeout = 1, timeout
+    return group(store, rank, size, options)
+
+
+dist.Backend.register_backend("gloo_of_one_thread", gloo, devices=["cpu"])
+
+
+def join_ranks(device: str, address: str, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Make torch's default process group, of all ranks: NCCL on GPUs (`device` "cuda"), gloo on the CPU."""
+    backend, store = "nccl" if device == "cuda" else "gloo_of_one_thread", store_at(address, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 class PolicyWorker(WeightSender):
@@ -81,13 +104,7 @@ class PolicyWorker(WeightSender):
     def setup(self, address: str) -> None:
         """Join the process group and load the model."""
         tp, timeout = self.cfg.dtensor_cfg.tensor_parallel_size, timedelta(seconds=self.timeout_s)
-        dist.init_process_group(
-            "nccl" if self.device.type == "cuda" else "gloo",
-            store=store_at(address, timeout),
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=timeout,
-        )
+        join_ranks(self.device.type, address, self.rank, self.world_size, timeout)
         self.writers = dist.new_group(backend="gloo", timeout=timeout)  # of the threads that write checkpoints
         torch.manual_seed(self.rank)
         self.mesh = init_device_mesh(self.device.type, (self.world_size // tp, tp), mesh_dim_names=("dp", "tp"))

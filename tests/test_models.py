@@ -32,8 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from config import ConfigError, load_config
 from launch import explain
 from model import LogprobModel, MicroBatch, Sequences, add_partial_gradients, build_model, switch_off_dropout
-from policy import PolicyWorker
-from refit import store_at
+from policy import PolicyWorker, join_ranks
 from supported import check_model, fault_of_packing, first_layers
 
 pytestmark = pytest.mark.slow
@@ -249,7 +248,7 @@ def test_every_type_is_trained_rightly_or_refused(found):
 def tensor_parallel_rank(rank: int, address: str, folder: Path, kinds: list[str]) -> None:
     """Gradients of each model over two ranks against those of one, as a policy worker builds them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=store_at(address, timedelta(seconds=120)), rank=rank, world_size=2)
+    join_ranks("cpu", address, rank, 2, timedelta(seconds=120))
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     for kind in kinds:
         model = build_model(policy_of(folder / kind, tensor_parallel_size=2), mesh, torch.device("cpu"))

@@ -24,8 +24,8 @@ import policy
 import train_grpo
 from config import load_config
 from model import MicroBatch, Sequences
-from policy import PolicyWorker, clip_gradients
-from refit import full, store_at
+from policy import PolicyWorker, clip_gradients, join_ranks
+from refit import full
 from reward_client import Sample
 from train_grpo import grpo_loss, update_policy
 
@@ -671,8 +671,7 @@ def test_sequences_by_prompt(drawn, limit):
 def rank_that_loads(rank, address, cfg, most):
     """Fails if this process grows by more than `most` bytes while it loads its part of the model."""
     torch.set_num_threads(1)
-    store = store_at(address, timedelta(seconds=120))
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    join_ranks("cpu", address, rank, 2, timedelta(seconds=120))
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
     Path("/proc/self/clear_refs").write_text("5")  # from here on Linux notes the peak anew
 
@@ -698,3 +697,11 @@ def test_a_rank_loads_no_more_than_its_part_of_the_model(tmp_path, tiny_model, c
     most = parameters // 2 * (4 + 2) + 4 * largest + 2**25
     assert most < parameters * 4
     spawn(rank_that_loads, (free_address(), config(f"policy.model_name={tmp_path}"), most), 2)
+
+
+def test_gathers_on_the_cpu_are_run_by_one_thread():
+    """Of two a rank dies within seconds, if it asks for the next gathers while others are on their way."""
+    join_ranks("cpu", free_address(), 0, 1, timedelta(seconds=60))
+    used = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    torch.distributed.destroy_process_group()
+    assert used.options._threads == 1

@@ -159,6 +159,8 @@ def look_at_all(folder: Path) -> dict[str, Finding]:
     """Every type that can be built tiny. Those that work are saved in folders of their names."""
     found, threads = {}, torch.get_num_threads()
     torch.set_num_threads(1)  # several would only wait for each other at such sizes
+    torch.use_deterministic_algorithms(True)  # what nobody sets is then not a number, instead of any number
+    torch.utils.deterministic.fill_uninitialized_memory = True
     for kind, architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if kind in LARGE:
             continue
@@ -181,6 +183,7 @@ def look_at_all(folder: Path) -> dict[str, Finding]:
         found[kind].split = refusal(check_model, policy_of(folder / kind, tensor_parallel_size=2)).removeprefix(SPLIT)
         found[kind].architecture = architecture
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
     return found
 
 
@@ -248,6 +251,7 @@ def test_every_type_is_trained_rightly_or_refused(found):
 def tensor_parallel_rank(rank: int, address: str, folder: Path, kinds: list[str]) -> None:
     """Gradients of each model over two ranks against those of one, as a policy worker builds them."""
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # as in `look_at_all`
     join_ranks("cpu", address, rank, 2, timedelta(seconds=120))
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     for kind in kinds:

@@ -146,7 +146,7 @@ def first_layers(lm: nn.Module) -> nn.Module:
     lm.lm_head = nn.Linear(lm.lm_head.in_features, VOCABULARY, bias=False)
     lm = lm.float().to_empty(device="cpu")
     for tensor in (*lm.parameters(), *lm.buffers()):
-        tensor.data.fill_(1)  # transformers does not set every one below, and memory may hold anything
+        tensor.data.fill_(1)  # transformers leaves some as they are, and memory may hold anything
     for weight in lm.parameters():
         weight._is_hf_initialized = weight.ndim > 1
     lm.initialize_weights()  # buffers, norms and biases

@@ -699,9 +699,11 @@ def test_a_rank_loads_no_more_than_its_part_of_the_model(tmp_path, tiny_model, c
     spawn(rank_that_loads, (free_address(), config(f"policy.model_name={tmp_path}"), most), 2)
 
 
-def test_gathers_on_the_cpu_are_run_by_one_thread():
+def test_gathers_on_the_cpu_are_run_by_one_thread(config):
     """Of two a rank dies within seconds, if it asks for the next gathers while others are on their way."""
-    join_ranks("cpu", free_address(), 0, 1, timedelta(seconds=60))
-    used = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    worker = PolicyWorker(config().policy, 0, 1, "cpu", timeout_s=60)
+    worker.setup(free_address())
+    groups = [torch.distributed.group.WORLD, worker.mesh["dp"].get_group(), worker.mesh["tp"].get_group()]
+    used = [group._get_backend(torch.device("cpu")) for group in groups]
     torch.distributed.destroy_process_group()
-    assert used.options._threads == 1
+    assert [backend.options._threads for backend in used] == [1, 1, 1]
